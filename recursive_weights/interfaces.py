@@ -1,0 +1,170 @@
+"""The contracts between the rooms: NamedTuples of pure functions.
+
+Nothing here computes. A contract is closed over by the functions that use it;
+it is never an argument of a jitted function.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array
+Tree = Any  # a pytree of arrays
+Batch = dict[str, Any]
+Metrics = dict[str, Array]
+
+
+class UserError(Exception):
+  """A mistake of the user: the message names value, rule and remedy.
+
+  Programs print the message without a traceback and exit with code 2.
+  """
+
+
+class Operator(NamedTuple):
+  """A learned map T from a base weight to a derived one, `derived = T(base)`.
+
+  init: `(key, base) -> theta`, parameters of T for a base of this shape.
+  apply: `(theta, base) -> derived`. `base` is an array or a tree of arrays;
+    `jax.eval_shape` tells the derived shape.
+  """
+
+  init: Callable[[Array, Tree], Tree]
+  apply: Callable[[Tree, Tree], Tree]
+
+
+class Recursion(NamedTuple):
+  """A cell that is applied again to its own state (recursion over depth).
+
+  prepare: `params -> weights`: everything that depends on no input, done once
+    per forward pass (products of weights, masks), so never inside the scan.
+  encode: `(weights, inputs, key) -> context`: what depends on the input but
+    not on the step (features, keys and values). Batch first in every leaf.
+  start: `(weights, context) -> state`: the state before the first step. Batch
+    first in every leaf, so finished rows can be taken out.
+  step: `(weights, context, state, key) -> (state, outputs)`. `outputs` is a
+    flat dict with the batch first; `unroll` adds the step axis S before it.
+
+  `key=None` means deterministic.
+  """
+
+  prepare: Callable[[Tree], Tree]
+  encode: Callable[[Tree, Any, Array | None], Tree]
+  start: Callable[[Tree, Tree], Tree]
+  step: Callable[[Tree, Tree, Tree, Array | None], tuple[Tree, dict]]
+
+
+class Model(NamedTuple):
+  """An architecture.
+
+  init: `(key, inputs) -> params`; `inputs` is one batch's inputs or their
+    shapes (`jax.ShapeDtypeStruct`).
+  carry: `(params, batch_size) -> carry`: what passes from batch to batch; `{}`
+    for a model without memory. Every leaf has the batch as its first axis, so
+    that a halted slot or a shard is one `where` or one spec. Learned initial
+    states enter inside `apply`, else they get no gradient.
+  apply: `(params, carry, inputs, *, key, train) -> (outputs, carry)`.
+    `outputs` is a flat dict; a recursion keeps its step axis S first;
+    `outputs['penalties']`, where present, is a dict of scalars that are
+    already weighted, which the training step adds to the loss and logs.
+    `key=None` means deterministic.
+  recursion: the cell behind `apply` where the model is a recursion over depth,
+    so that evaluators can run it step by step; else None. It takes the same
+    `params` as `apply`.
+  """
+
+  init: Callable[[Array, Any], Tree]
+  carry: Callable[[Tree, int], Tree]
+  apply: Callable[..., tuple[dict, Tree]]
+  recursion: Recursion | None = None
+
+
+class Spec(NamedTuple):
+  """What a task asks for.
+
+  inputs: shape and dtype of one example's inputs, without the batch axis.
+  answer: shape of one example's answer without its class axis; `()` where an
+    example has one label.
+  classes: number of classes V; a model's logits are `[B, *answer, V]`.
+  sizes: number of examples by split; None where examples are generated without
+    end.
+  phases: `((first step, {field: value}), ...)` where lengths or batch sizes
+    change with the step; `()` for none.
+  """
+
+  inputs: jax.ShapeDtypeStruct
+  answer: tuple[int, ...]
+  classes: int
+  sizes: dict[str, int | None]
+  phases: tuple = ()
+
+
+class Task(NamedTuple):
+  """A problem: data, augmentation, loss and metrics, without any model.
+
+  spec: see `Spec`.
+  batch: `(split, index, size) -> {'inputs', 'targets', 'weight', ...}`, NumPy
+    arrays, a pure function of (seed, split, index, size). Splits are 'train',
+    'validation' and 'test'. Training batches are full and follow a seeded
+    order without end. The others cover a finite split once, in a fixed order,
+    in `ceil(size / batch size)` batches; the last one is padded with rows of
+    weight 0, which no metric counts. `weight` is float32 `[B]`.
+  augment: `(key, batch) -> batch`, traced inside the training step.
+  loss: `(answer, batch) -> (loss_B, metrics_B)`: judges one answer per example
+    (logits `[B, *answer, V]`) in float32.
+  """
+
+  spec: Spec
+  batch: Callable[[str, int, int], dict[str, np.ndarray]]
+  augment: Callable[[Array, Batch], Batch]
+  loss: Callable[[Array, Batch], tuple[Array, Metrics]]
+
+
+class Objective(NamedTuple):
+  """Which steps of a recursion are trained, and which one answers.
+
+  score: `(outputs, loss, batch) -> (scalar, metrics)`; `loss` is `Task.loss`,
+    and rows count by `batch['weight']`. Metrics are scalars.
+  answer: `outputs -> logits [B, *answer, V]`: the answer that evaluators judge.
+  """
+
+  score: Callable[[dict, Callable, Batch], tuple[Array, Metrics]]
+  answer: Callable[[dict], Array]
+
+
+# `(params, key) -> {name: float}`, given the EMA of the parameters unless the
+# config says raw.
+Evaluator = Callable[[Tree, Array], dict[str, float]]
+
+
+class Slots(NamedTuple):
+  """Deep supervision: rows that keep their example until they halt.
+
+  refill: `(slots, batch, fresh_carry) -> (batch, carry)`: halted slots take
+    the new example offered in `batch` and a fresh carry; the others keep both.
+    Slots live in the training state's `carry`, so checkpoints hold them.
+  """
+
+  refill: Callable[[Tree, Batch, Tree], tuple[Batch, Tree]]
+
+
+class Decoder(NamedTuple):
+  """A causal language model, for generation, refinement and sessions.
+
+  embed: `(params, tokens_BT) -> x_BTD`.
+  blocks: `(params, cache, x_BTD, tap=None) -> (x_BTD, cache)`; `tap(layer, x)`
+    sees and may change hidden states between layers, None is the plain program.
+  head: `(params, x_BTD) -> logits_BTV`.
+  cache: `(params, batch_size) -> {'recurrent', 'attention', 'position'}`, the
+    batch first in every leaf.
+  commit: `(cache, pending, length_B) -> cache`: keeps the first `length_B`
+    tokens of a chunk without running it again.
+  """
+
+  embed: Callable[[Tree, Array], Array]
+  blocks: Callable[..., tuple[Array, Tree]]
+  head: Callable[[Tree, Array], Array]
+  cache: Callable[[Tree, int], Tree]
+  commit: Callable[[Tree, Tree, Array], Tree]

@@ -1,0 +1,97 @@
+"""How good the answer is after each step of a recursion."""
+
+import jax
+import jax.numpy as jnp
+
+from recursive_weights import interfaces
+from recursive_weights.evaluators import _average
+from recursive_weights.interfaces import UserError
+
+
+def make(
+  model: interfaces.Model,
+  task: interfaces.Task,
+  objective: interfaces.Objective,
+  *,
+  batch_size: int,
+  splits: tuple[str, ...] = ('test',),
+  max_batches: int | None = None,
+  steps: tuple[int, ...] = (),
+) -> interfaces.Evaluator:
+  """Means of `Task.loss` and its metrics by step, from one forward pass.
+
+  Every step's logits `outputs['logits']` `[S, B, *answer, V]` are judged. Where
+  the model reports `outputs['certainty']` `[S, B]`, so are the mean certainty
+  and the answer of each row's most certain step (the first of equals).
+
+  Args:
+    objective: not used: every step is judged. All evaluators take the same
+      arguments.
+    batch_size: rows of a batch.
+    splits: splits to measure.
+    max_batches: largest number of batches of a split; None for whole splits.
+    steps: steps to report, counted from 1; `()` for all.
+
+  Returns:
+    An evaluator whose keys are `SPLIT/METRIC@STEP`, with METRIC `loss`, those
+    of the task, and `certainty`; and `SPLIT/METRIC@certain`.
+
+  Raises:
+    UserError: a split is unknown or has no end, or a number is not positive;
+      when run, a step is beyond the model's last, or there is no step axis.
+  """
+  del objective
+  _average.check(task, splits, batch_size, max_batches)
+  if any(step < 1 for step in steps):
+    raise UserError(f'steps must be > 0, got {steps}')
+
+  @jax.jit
+  def judge(params, batch):
+    carry = model.carry(params, batch_size)
+    outputs, _ = model.apply(
+      params, carry, batch['inputs'], key=None, train=False
+    )
+    logits = outputs['logits']
+    wanted = 3 + len(task.spec.answer)
+    if logits.ndim != wanted:
+      raise UserError(
+        f'depth_sweep needs logits with a step axis first (rank {wanted}), '
+        f'got shape {logits.shape}; use the accuracy evaluator'
+      )
+    if max(steps, default=1) > len(logits):
+      raise UserError(
+        f'steps must be <= {len(logits)}, the steps of the model, got {steps}'
+      )
+
+    loss_SB, metrics_SB = jax.vmap(lambda x: task.loss(x, batch))(logits)
+    values = {'loss': loss_SB, **metrics_SB}
+    if 'certainty' in outputs:
+      certainty_SB = outputs['certainty']
+      best_1B = certainty_SB.argmax(axis=0)[None, :]
+      values |= {
+        f'{name}@certain': jnp.take_along_axis(x_SB, best_1B, axis=0)[0]
+        for name, x_SB in values.items()
+      }
+      values['certainty'] = certainty_SB
+    return _average.masked_sums(values, batch['weight']), batch['weight'].sum()
+
+  def evaluate(params, key):
+    del key  # nothing here is random
+    result = {}
+    for split in splits:
+      means = _average.over_split(
+        lambda batch: judge(params, batch),
+        task,
+        split,
+        batch_size=batch_size,
+        max_batches=max_batches,
+      )
+      for name, mean in means.items():
+        if mean.ndim == 0:
+          result[f'{split}/{name}'] = float(mean)
+          continue
+        for step in steps or range(1, len(mean) + 1):
+          result[f'{split}/{name}@{step}'] = float(mean[step - 1])
+    return result
+
+  return evaluate

@@ -21,4 +21,18 @@ einsum strings use them:
   R rank or bases    C chunk               E experts, members or seeds
 """
 
+from recursive_weights.derivation.compose import blend, chain, iterate
+from recursive_weights.derivation.tree import Rule, compress, derive
+from recursive_weights.interfaces import Operator
+
+__all__ = [
+  'Operator',
+  'Rule',
+  'blend',
+  'chain',
+  'compress',
+  'derive',
+  'iterate',
+]
+
 __version__ = '0.1.0'

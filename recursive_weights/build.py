@@ -1,0 +1,302 @@
+"""Config -> model, task, objective, optimizer, evaluators.
+
+The only place that turns names into objects. A name is a module of its room:
+adding an operator, model, task or evaluator is adding one file.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_weights.config import tuples
+from recursive_weights.interfaces import Model, Objective, Task, UserError
+from recursive_weights.training import optimizers
+from recursive_weights.training.loop import Experiment, evaluate_all
+from recursive_weights.training.state import make_init, make_step
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+def names(room: str) -> list[str]:
+  """The modules of a room, such as 'tasks' or 'derivation.operators'."""
+  package = importlib.import_module(f'recursive_weights.{room}')
+  return sorted(
+    m.name
+    for m in pkgutil.iter_modules(package.__path__)
+    if hasattr(
+      importlib.import_module(f'recursive_weights.{room}.{m.name}'), 'make'
+    )
+  )
+
+
+def make(room: str, fields: dict[str, Any], *args, **extra):
+  """`recursive_weights.ROOM.NAME.make(*args, **rest of fields, **extra)`.
+
+  Raises:
+    UserError: unknown name or field, with those that exist.
+  """
+  fields = dict(fields)
+  name = fields.pop('name')
+  if not name.isidentifier() or name not in names(room):
+    raise UserError(
+      f'{room} has no {name!r}; there are: {", ".join(names(room))}'
+    )
+  function = importlib.import_module(f'recursive_weights.{room}.{name}').make
+  known = inspect.signature(function).parameters
+  unknown = sorted(set(fields) - set(known))
+  if unknown:
+    allowed = [k for k, p in known.items() if p.kind is not p.POSITIONAL_ONLY][
+      len(args) :
+    ]
+    raise UserError(
+      f'{room}.{name} has no field {", ".join(unknown)}; it has: '
+      f'{", ".join(allowed)}'
+    )
+  extra = {k: v for k, v in extra.items() if k in known}
+  try:
+    return function(*args, **tuples(fields), **extra)
+  except (ValueError, TypeError) as error:
+    raise UserError(f'{room}.{name}: {error}') from error
+
+
+def check(config: dict[str, Any]) -> list[str]:
+  """Errors in the fields of the house, every one at once."""
+  errors = []
+  train, saving = config['training'], config['checkpoint']
+  positive = {
+    'num_seeds': config['num_seeds'],
+    'training.steps': train['steps'],
+    'training.batch_size': train['batch_size'],
+    'training.accumulation': train['accumulation'],
+    'training.steps_per_dispatch': train['steps_per_dispatch'],
+    'training.report_every': train['report_every'],
+    'training.evaluate_every': train['evaluate_every'],
+    'training.loss_scale': train['loss_scale'],
+    'checkpoint.every': saving['every'],
+    'checkpoint.keep': saving['keep'],
+    'early_stopping.patience': config['early_stopping']['patience'],
+  }
+  for name, value in positive.items():
+    if value <= 0:
+      errors.append(f'{name} must be > 0, got {value}')
+  if train['accumulation'] > 0 and train['batch_size'] % train['accumulation']:
+    errors.append(
+      'training.accumulation must divide training.batch_size = '
+      f'{train["batch_size"]}, got {train["accumulation"]}'
+    )
+  if not 0 <= train['ema_decay'] < 1:
+    errors.append(
+      f'training.ema_decay must lie in [0, 1), got {train["ema_decay"]}'
+    )
+  if config['max_minutes'] < 0:
+    errors.append(f'max_minutes must be >= 0, got {config["max_minutes"]}')
+  if config['dtype'] not in DTYPES:
+    errors.append(f'dtype must be one of {DTYPES}, got {config["dtype"]!r}')
+  for name in ('checkpoint', 'early_stopping'):
+    if config[name]['mode'] not in ('max', 'min'):
+      errors.append(
+        f"{name}.mode must be 'max' or 'min', got {config[name]['mode']!r}"
+      )
+  lipschitz = config['recursive']['lipschitz']
+  if lipschitz['weight'] < 0 or lipschitz['scale'] <= 0:
+    errors.append(
+      'recursive.lipschitz needs weight >= 0 and scale > 0, got '
+      f'{lipschitz["weight"]} and {lipschitz["scale"]}'
+    )
+  return errors
+
+
+def build_task(config: dict[str, Any], seed: int) -> Task:
+  return make('tasks', config['task'], seed=seed)
+
+
+def build_objective(config: dict[str, Any]) -> Objective:
+  from recursive_weights.recursion import objective
+
+  fields = dict(config['objective'])
+  return objective.make(fields.pop('name'), **fields)
+
+
+def example(task: Task, batch_size: int) -> jax.ShapeDtypeStruct:
+  """Shape of one batch's inputs."""
+  inputs = task.spec.inputs
+  return jax.ShapeDtypeStruct((batch_size, *inputs.shape), inputs.dtype)
+
+
+def build_model(config: dict[str, Any], task: Task) -> Model:
+  """The model, with the weights that `config.recursive` derives."""
+  from recursive_weights.models import derived
+
+  dtype = jnp.dtype(config['dtype'])
+  model = make('models', config['model'], task.spec, dtype=dtype)
+  rules = config['recursive']['rules']
+  if not rules:
+    return model
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(model.init, key, example(task, 1))
+  paths = dict(
+    zip(optimizers.path_names(shapes), jax.tree.leaves(shapes), strict=True)
+  )
+  return derived.wrap(
+    model,
+    tuple(build_rule(name, fields, paths) for name, fields in rules.items()),
+    **config['recursive']['lipschitz'],
+  )
+
+
+def build_rule(name: str, fields: dict[str, Any], paths: dict[str, Any]):
+  """A derivation rule from its config; `paths`: leaf shapes by path."""
+  from recursive_weights.derivation import compose
+  from recursive_weights.derivation.tree import Rule
+
+  fields = dict(fields)
+  known = {'source', 'target', 'contraction', 'operator', 'iterate'}
+  if set(fields) != known:
+    raise UserError(
+      f'recursive.rules.{name} must have the fields {sorted(known)}, got '
+      f'{sorted(fields)}'
+    )
+  missing = [fields[k] for k in ('source', 'target') if fields[k] not in paths]
+  if missing:
+    raise UserError(
+      f'recursive.rules.{name}: no parameter {", ".join(missing)}; there are: '
+      f'{", ".join(paths)}'
+    )
+  shape = paths[fields['target']].shape
+  length = 0
+  if fields['iterate']:
+    length, *rest = shape
+    shape = tuple(rest)
+  parts = []
+  if fields['contraction']:
+    contraction = {'name': 'contraction', 'kind': fields['contraction']}
+    parts.append(make('derivation.operators', contraction, shape=shape))
+  if fields['operator']['name']:
+    operator = make('derivation.operators', fields['operator'])
+    if length:
+      operator = compose.iterate(operator, length)
+    parts.append(operator)
+  elif length:
+    raise UserError(f'recursive.rules.{name}: iterate needs an operator')
+  if not parts:
+    raise UserError(
+      f'recursive.rules.{name} needs a contraction, an operator, or both'
+    )
+  operator = parts[0] if len(parts) == 1 else compose.chain(*parts)
+  return Rule(name, fields['source'], fields['target'], operator)
+
+
+def build_evaluators(
+  fields: dict[str, dict], model, task, objective, batch_size, output_dir
+):
+  return {
+    name: make(
+      'evaluators',
+      {'name': name, 'batch_size': batch_size} | arguments,
+      model,
+      task,
+      objective,
+      output_dir=output_dir,
+    )
+    for name, arguments in fields.items()
+  }
+
+
+def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
+  """Everything that `training.loop.run` needs.
+
+  Args:
+    config: the resolved config as plain data (`config.to_data`).
+    output_dir: where evaluators may write files, '' for nowhere.
+
+  Raises:
+    UserError: every error found in the config, in one message.
+  """
+  errors = check(config)
+  found = {}
+
+  def attempt(part, function):
+    try:
+      found[part] = function()
+    except UserError as error:
+      errors.append(str(error))
+      found[part] = None
+    return found[part]
+
+  seeds = [config['seed'] + i for i in range(max(config['num_seeds'], 0))]
+  tasks = attempt(
+    'task', lambda: tuple(build_task(config, seed) for seed in seeds)
+  )
+  objective = attempt('objective', lambda: build_objective(config))
+  model = tasks and attempt('model', lambda: build_model(config, tasks[0]))
+  if errors:
+    raise UserError('config: ' + '; '.join(errors))
+  train = config['training']
+  inputs = example(tasks[0], train['batch_size'])
+  shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
+  optimizer, schedule = optimizers.make(
+    shapes, train['steps'], **config['optimizer']
+  )
+  evaluators = {
+    when: build_evaluators(
+      config['evaluators'][when],
+      model,
+      tasks[0],
+      objective,
+      train['batch_size'],
+      output_dir,
+    )
+    for when in ('during', 'after')
+  }
+
+  def step(axis):
+    return make_step(
+      model,
+      tasks[0],
+      objective,
+      optimizer,
+      schedule=schedule,
+      ema_decay=train['ema_decay'],
+      accumulation=train['accumulation'],
+      loss_scale=train['loss_scale'],
+      keep_carry=train['keep_carry'],
+      axis=axis,
+    )
+
+  return Experiment(
+    config=config,
+    tasks=tasks,
+    init=make_init(
+      model,
+      optimizer,
+      inputs=inputs,
+      batch_size=train['batch_size'],
+      ema_decay=train['ema_decay'],
+      keep_carry=train['keep_carry'],
+    ),
+    make_step=step,
+    **evaluators,
+  )
+
+
+def evaluate(
+  config: dict[str, Any], load: Callable[[Any], Any], output_dir: str = ''
+) -> dict[str, float]:
+  """Final metrics of trained weights.
+
+  Args:
+    config: plain data, as stored beside the weights, maybe with overrides.
+    load: `shapes of the parameters -> parameters` (see `restore`).
+    output_dir: where evaluators may write files, '' for nowhere.
+  """
+  experiment = build(config, output_dir)
+  seeds = config['seed'] + np.arange(config['num_seeds'], dtype=np.int32)
+  init = experiment.init if len(seeds) == 1 else jax.vmap(experiment.init)
+  shapes = jax.eval_shape(init, seeds[0] if len(seeds) == 1 else seeds)
+  return evaluate_all(experiment.after, load(shapes.params), config)

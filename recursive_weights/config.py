@@ -1,0 +1,106 @@
+"""Configs: the shared part, plain data and back, overrides.
+
+A config file in `configs/` has `get_config(variant)` and states everything
+that matters for its experiment; `base()` gives the fields of the house around
+it. Values are numbers, strings, booleans, dicts and tuples.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from recursive_weights.interfaces import UserError
+
+
+def base() -> ConfigDict:
+  """The fields that every training has, at their neutral values."""
+  return ConfigDict(
+    {
+      'seed': 0,  # of parameters, data order, noise
+      'num_seeds': 1,  # members seed, seed + 1, ... trained in one program
+      'dtype': 'float32',  # of the computation; float32, bfloat16, float16
+      'raw': False,  # evaluate the parameters themselves, not their average
+      'resume_from': '',  # a run whose whole state this one begins with
+      'init_from': '',  # a run whose parameters this one begins with
+      'max_minutes': 0.0,  # save and leave after so long; 0: no limit
+      'task': {'name': ''},
+      'model': {'name': ''},
+      # Weights derived from weights. By rule name: source, target (tree
+      # paths), contraction ('softmax', 'linear' or '' for none), operator
+      # (name and arguments; name '' for none), iterate (the target is the
+      # stack T(C), T(T(C)), ...).
+      'recursive': {
+        'rules': {},
+        'lipschitz': {'weight': 0.0, 'bound': 1.0, 'scale': 0.01},
+      },
+      'objective': {'name': 'last'},
+      'optimizer': {
+        'name': 'adamw',
+        'learning_rate': 1e-3,
+        'b1': 0.9,
+        'b2': 0.999,
+        'eps': 1e-8,
+        'clip_norm': 1.0,
+        'schedule': {
+          'name': 'cosine',
+          'warmup_steps': 0,
+          'final_fraction': 0.0,
+        },
+        'groups': {
+          'all': {
+            'pattern': '.*',
+            'lr_scale': 1.0,
+            'weight_decay': 0.0,
+            'frozen': False,
+          }
+        },
+      },
+      'training': {
+        'steps': 1000,
+        'batch_size': 64,
+        'accumulation': 1,  # micro-batches a step
+        'steps_per_dispatch': 10,  # steps in one compiled program
+        'ema_decay': 0.0,  # 0: no average
+        'keep_carry': False,  # the model's carry passes from batch to batch
+        'loss_scale': 1.0,  # for float16, whose gradients underflow
+        'report_every': 100,
+        'evaluate_every': 500,
+      },
+      'checkpoint': {'every': 500, 'keep': 2, 'best': '', 'mode': 'max'},
+      'early_stopping': {'metric': '', 'mode': 'max', 'patience': 10},
+      'devices': {'strategy': 'data', 'model_parallel': 1},
+      # Evaluators by name with their arguments, and when they run.
+      'evaluators': {'during': {}, 'after': {}},
+    }
+  )
+
+
+def to_data(config: ConfigDict) -> dict[str, Any]:
+  """Plain JSON data: dicts, lists, numbers, strings."""
+  return json.loads(config.to_json())
+
+
+def from_data(data: dict[str, Any]) -> ConfigDict:
+  """The config that `to_data` made `data` of."""
+  return ConfigDict(tuples(data))
+
+
+def tuples(value: Any) -> Any:
+  """Lists to tuples all through: JSON has no tuples."""
+  if isinstance(value, dict):
+    return {k: tuples(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(tuples(v) for v in value)
+  return value
+
+
+def variants(text: str | None, known: tuple[str, ...]) -> set[str]:
+  """The names in 'a,b'; an unknown one is an error that lists the known."""
+  names = {name.strip() for name in (text or '').split(',')} - {''}
+  unknown = sorted(names - set(known))
+  if unknown:
+    raise UserError(
+      f'unknown variant {", ".join(unknown)}: choose among {", ".join(known)}'
+    )
+  return names

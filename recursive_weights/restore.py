@@ -1,0 +1,105 @@
+"""Trained weights and their config, from a run or from the package."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from recursive_weights.interfaces import Tree, UserError
+from recursive_weights.training import checkpoints
+
+Load = Callable[[Tree], Tree]  # shapes of the parameters -> parameters
+
+PRETRAINED = pathlib.Path(__file__).parent / 'pretrained'
+
+
+def workdir(
+  path: str | pathlib.Path, *, best: bool = False
+) -> tuple[dict[str, Any], Load]:
+  """The stored config and a loader of the parameters of a run.
+
+  Args:
+    path: a workdir of train.py, or one checkpoint folder in it.
+    best: take the best checkpoint by `config.checkpoint.best`.
+
+  Returns:
+    The config as plain data, and `load(shapes) -> params`: the average (EMA)
+    where there is one and the config does not say `raw`.
+
+  Raises:
+    UserError: no such folder, or no checkpoint in it can be used.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f'no folder {str(path)!r}: give a workdir of train.py')
+  config = checkpoints.read_config(path)
+  if best:
+    path = checkpoints.best_folder(
+      path, config['checkpoint']['best'], config['checkpoint']['mode']
+    )
+  averaged = config['training']['ema_decay'] > 0 and not config['raw']
+
+  def load(shapes):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
+      shapes,
+    )
+    items, _ = checkpoints.load(
+      path, {'ema' if averaged else 'params': abstract}
+    )
+    (params,) = items.values()
+    return params
+
+  return config, load
+
+
+def pretrained(name: str) -> tuple[dict[str, Any], Load]:
+  """Like `workdir`, for weights that the package ships in `pretrained/NAME`.
+
+  A folder holds `weights.npz` (arrays by tree path), `config.json` and
+  `results.json`.
+
+  Raises:
+    UserError: no weights of this name.
+  """
+  known = sorted(p.parent.name for p in PRETRAINED.glob('*/weights.npz'))
+  if name not in known:
+    raise UserError(
+      f'no pretrained weights {name!r}; there are: {", ".join(known)}'
+    )
+  folder = PRETRAINED / name
+  return json.loads(
+    (folder / 'config.json').read_text()
+  ), lambda shapes: read_npz(folder / 'weights.npz', shapes)
+
+
+def read_npz(path: pathlib.Path, shapes: Tree) -> Tree:
+  """Arrays by tree path from an .npz file (no pickles), checked for shape."""
+
+  def read(key, shape):
+    name = jax.tree_util.keystr(key, simple=True, separator='/')
+    if name not in stored or stored[name].shape != shape.shape:
+      found = stored[name].shape if name in stored else 'nothing'
+      raise UserError(
+        f'{path}: {name} must be {shape.shape}, found {found}: weights and '
+        'config do not belong together'
+      )
+    return jax.numpy.asarray(stored[name], shape.dtype)
+
+  with np.load(path, allow_pickle=False) as stored:
+    return jax.tree_util.tree_map_with_path(read, shapes)
+
+
+def write_npz(path: pathlib.Path, params: Tree) -> None:
+  """Writes what `read_npz` reads."""
+  np.savez(
+    path,
+    **{
+      jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(leaf)
+      for key, leaf in jax.tree_util.tree_leaves_with_path(params)
+    },
+  )

@@ -1,0 +1,429 @@
+"""The training loop, the same for every system."""
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from recursive_weights.interfaces import Evaluator, Task, Tree, UserError
+from recursive_weights.training import checkpoints as checkpoints_lib
+from recursive_weights.training import devices, metrics
+from recursive_weights.training.start import start
+from recursive_weights.training.state import State
+
+_log = logging.getLogger(__name__)
+
+
+class Experiment(NamedTuple):
+  """What `build` makes of a config and `run` trains.
+
+  config: the resolved config as plain data.
+  tasks: one by seed; they differ in the order of their data alone.
+  init: `seed -> State`, traceable.
+  make_step: `axis name or None -> step(state, batch)`.
+  during, after: evaluators by name, run at intervals and at the end.
+  every: `((n, f), ...)`: at every n-th step `state = f(state)`, before that
+    step's report (federated synchronisation is one).
+  """
+
+  config: dict[str, Any]
+  tasks: tuple[Task, ...]
+  init: Callable[[jax.Array], State]
+  make_step: Callable[[str | None], Callable]
+  during: dict[str, Evaluator]
+  after: dict[str, Evaluator]
+  every: tuple[tuple[int, Callable[[State], State]], ...] = ()
+
+
+class Diverged(Exception):
+  """Loss or gradient is not finite; the message names the last checkpoint."""
+
+
+def run(experiment: Experiment, workdir: str) -> dict[str, float]:
+  """Trains to the end of the config, or to where it was told to stop.
+
+  Order of a step that several things fall on: update, `every`, report and
+  evaluation (one line of metrics.jsonl), checkpoint. The line stands before
+  the checkpoint, so whatever is restored has its lines.
+
+  Args:
+    experiment: from `build.build`.
+    workdir: folder of this run; if it holds checkpoints the run goes on from
+      the newest intact one, to the same bits as if it had never stopped.
+
+  Returns:
+    The final metrics, also in `workdir/results.json`; `{}` where the run was
+    interrupted before its end (SIGTERM, SIGINT, `max_minutes`).
+
+  Raises:
+    UserError: a config, file or checkpoint cannot be used.
+    Diverged: loss or gradient became NaN or infinite.
+  """
+  config = experiment.config
+  train = config['training']
+  begun = time.monotonic()
+  folder = pathlib.Path(workdir)
+  check_workdir(folder, config)
+  main = jax.process_index() == 0
+  seeds = config['num_seeds']
+
+  placement = devices.make(
+    batch_size=train['batch_size'], seeds=seeds, **config['devices']
+  )
+  with contextlib.ExitStack() as stack, _Interrupt() as interrupted:
+    init, abstract = _initial(experiment, placement)
+    saved = checkpoints_lib.open_folder(
+      folder, config, **_without(config['checkpoint'], 'every')
+    )
+    stack.callback(saved.close)
+    state, origin = start(
+      saved,
+      init,
+      abstract,
+      resume_from=config['resume_from'],
+      init_from=config['init_from'],
+    )
+    step = _step(state)
+    _log.info('start at step %d from %s', step, origin)
+    if main:
+      write_config(folder, config)
+    writer = metrics.Writer(folder, step, main)
+    stack.callback(writer.close)
+    stop = metrics.should_stop(writer.history, **config['early_stopping'])
+    total = train['steps']
+    finished = step >= total or bool(stop)
+    results_path = folder / 'results.json'
+    if finished and results_path.exists():
+      results = json.loads(results_path.read_text())
+      if results.pop('step') == step:
+        _log.info('%s is finished; nothing to do', folder)
+        return results
+
+    dispatch = placement.compile(_step_by_seed(experiment, seeds))
+    state = placement.scatter(state)
+    alive = np.bool_(True)
+    intervals = [
+      train['report_every'],
+      train['evaluate_every'],
+      config['checkpoint']['every'],
+      *(n for n, _ in experiment.every),
+    ]
+    plan = _plan(step, total, train['steps_per_dispatch'], intervals)
+    loader = stack.enter_context(futures.ThreadPoolExecutor(1))
+    fetch = _fetcher(experiment, train)
+    bar = stack.enter_context(
+      tqdm(
+        total=total,
+        initial=step,
+        unit='step',
+        disable=not main,
+        dynamic_ncols=True,
+      )
+    )
+    previous = None  # last dispatch's metrics, fetched while the next one runs
+    ahead = _ahead(loader, fetch, plan)
+    clock, clock_step = time.monotonic(), step
+    while step < total and not stop and not interrupted.now():
+      try:
+        count, batches = next(ahead)
+      except StopIteration:
+        break
+      state, found, alive = dispatch(
+        state, placement.batches(batches), np.int32(count), alive
+      )
+      step += count
+      if previous is not None:
+        _check(previous, saved)
+        _show(bar, previous)
+      bar.update(count)
+      previous = (found, step, count)
+      for n, function in experiment.every:
+        if step % n == 0:
+          state = placement.scatter(function(placement.gather(state)))
+      report = step % train['report_every'] == 0 or step == total
+      evaluate = step % train['evaluate_every'] == 0 or step == total
+      save = step % config['checkpoint']['every'] == 0 or step == total
+      if not (report or evaluate or save):
+        continue
+      _check(previous, saved)
+      line = {}
+      if report:
+        line |= _train_metrics(found, count - 1, seeds)
+        now = time.monotonic()
+        rate = (step - clock_step) / max(now - clock, 1e-9)
+        line['time/steps_per_second'] = rate
+        clock, clock_step = now, step
+      if evaluate:
+        line |= evaluate_all(
+          experiment.during, judged(placement.gather(state), config), config
+        )
+        clock, clock_step = time.monotonic(), step
+      if line:
+        writer.write(step, line)
+      stop = metrics.should_stop(writer.history, **config['early_stopping'])
+      if save or stop:
+        saved.save(placement.gather(state), _scores(writer.history, step))
+      if config['max_minutes'] and (
+        time.monotonic() - begun > 60 * config['max_minutes']
+      ):
+        interrupted.ask(f'max_minutes = {config["max_minutes"]} are over')
+
+    if previous is not None:
+      _check(previous, saved)
+    plain = placement.gather(state)
+    saved.save(plain, _scores(writer.history, step))
+    saved.wait()
+    bar.close()
+    if step < total and not stop:
+      _log.info(
+        'stopped at step %d of %d (%s); the same command goes on from there',
+        step,
+        total,
+        interrupted.reason,
+      )
+      return {}
+    if stop:
+      _log.info('stopped early at step %d: %s', step, stop)
+    results = evaluate_all(experiment.after, judged(plain, config), config)
+    if main:
+      _write_json(results_path, {'step': step} | results)
+    return results
+
+
+def evaluate_all(
+  evaluators: dict[str, Evaluator], params: Tree, config: dict
+) -> dict[str, float]:
+  """Every evaluator on every seed's parameters."""
+  if not evaluators:
+    return {}
+  by_seed = []
+  for index in range(config['num_seeds']):
+    member = params
+    if config['num_seeds'] > 1:
+      member = jax.tree.map(lambda x, i=index: x[i], params)
+    # Fixed by the seed alone: evaluating must not depend on when it is done.
+    key = jax.random.key(config['seed'] + index)
+    values = {}
+    for evaluator in evaluators.values():
+      values |= evaluator(member, key)
+    by_seed.append(values)
+  return metrics.summary(by_seed)
+
+
+def judged(state: State, config: dict) -> Tree:
+  """The parameters that evaluators see: the EMA unless `raw` or none."""
+  return state.params if config['raw'] or not state.ema else state.ema
+
+
+def check_workdir(folder: pathlib.Path, config: dict) -> None:
+  """Refuses a workdir that belongs to another experiment.
+
+  Raises:
+    UserError: names every field that differs.
+  """
+  if not (folder / 'config.json').exists():
+    return
+  lines = checkpoints_lib.foreign(config, checkpoints_lib.read_config(folder))
+  if lines:
+    raise UserError(
+      f'{folder} holds another experiment: {"; ".join(lines)}. Choose another '
+      '--workdir; to go on from its weights give --config.init_from or '
+      '--config.resume_from'
+    )
+
+
+def write_config(folder: pathlib.Path, config: dict) -> None:
+  """`config.json` and its recursive part, readable, where they changed."""
+  folder.mkdir(parents=True, exist_ok=True)
+  _write_json(folder / 'config.json', config)
+  _write_json(folder / 'recursive_config.json', config['recursive'])
+
+
+def _write_json(path: pathlib.Path, data: dict) -> None:
+  text = json.dumps(data, indent=2, sort_keys=False) + '\n'
+  if path.exists() and path.read_text() == text:
+    return
+  part = path.with_suffix('.part')
+  part.write_text(text)
+  os.replace(part, path)
+
+
+def _without(fields: dict, *names: str) -> dict:
+  return {k: v for k, v in fields.items() if k not in names}
+
+
+def _step(state: State) -> int:
+  return int(np.ravel(np.asarray(state.step))[0])
+
+
+def _initial(experiment, placement):
+  """`init() -> placed State`, and the plain state's shapes and shardings."""
+  config = experiment.config
+  seeds = config['seed'] + np.arange(config['num_seeds'], dtype=np.int32)
+  if config['num_seeds'] == 1:
+    function, seeds = experiment.init, seeds[0]
+  else:
+    function = jax.vmap(experiment.init)
+  shapes = jax.eval_shape(function, seeds)
+  shardings = placement.shardings(shapes)
+  abstract = jax.tree.map(
+    lambda s, sharding: jax.ShapeDtypeStruct(
+      s.shape, s.dtype, sharding=sharding
+    ),
+    shapes,
+    shardings,
+  )
+  return lambda: jax.jit(function, out_shardings=shardings)(seeds), abstract
+
+
+def _step_by_seed(experiment, seeds):
+  def make(axis):
+    step = experiment.make_step(axis)
+    return step if seeds == 1 else jax.vmap(step)
+
+  return make
+
+
+def _plan(
+  step: int, total: int, most: int, intervals: list[int]
+) -> Iterator[tuple[int, int]]:
+  """(first step, steps) of each dispatch: up to `most`, cut at intervals."""
+  while step < total:
+    ends = [total, step + most, *((step // n + 1) * n for n in intervals)]
+    end = min(ends)
+    yield step, end - step
+    step = end
+
+
+def _fetcher(experiment, train):
+  """`fetch(first step, count)`: a dispatch's batches, a pure function."""
+  size, most = train['batch_size'], train['steps_per_dispatch']
+
+  def fetch(first, count):
+    members = []
+    for task in experiment.tasks:
+      rows = [task.batch('train', first + i, size) for i in range(count)]
+      # One spare row, so that XLA sees a loop for every number of steps; the
+      # rows past `count` are not read.
+      rows += [rows[-1]] * (most + 1 - count)
+      members.append(jax.tree.map(lambda *x: np.stack(x), *rows))
+    if len(members) == 1:
+      return count, members[0]
+    return count, jax.tree.map(lambda *x: np.stack(x, 1), *members)
+
+  return fetch
+
+
+def _ahead(loader, fetch, plan):
+  """Batches made on a thread, one dispatch ahead of the device."""
+  waiting = None
+  for first, count in itertools.chain(plan, [(None, None)]):
+    made = None if first is None else loader.submit(fetch, first, count)
+    if waiting is not None:
+      yield waiting.result()
+    waiting = made
+
+
+def _show(bar, previous):
+  found, _, count = previous
+  loss = float(np.mean(np.asarray(found['loss'])[count - 1]))
+  bar.set_postfix(loss=f'{loss:.4f}', refresh=False)
+
+
+def _train_metrics(found, row, seeds):
+  values = jax.tree.map(lambda x: np.asarray(x)[row], found)
+  values = {k: v for k, v in values.items() if k != 'finite'}
+  members = [
+    {
+      f'train/{name}': float(value if seeds == 1 else value[index])
+      for name, value in values.items()
+    }
+    for index in range(seeds)
+  ]
+  return metrics.summary(members)
+
+
+def _scores(history, step):
+  """Metrics that a checkpoint is judged by: those of its own step."""
+  last = history[-1] if history else {'step': None}
+  if last['step'] != step:
+    return {}
+  return {
+    k: v
+    for k, v in last.items()
+    if k != 'step' and not k.startswith('time/') and v is not None
+  }
+
+
+def _check(dispatched, saved):
+  """Raises Diverged where a step of this dispatch was not finite."""
+  found, end, count = dispatched
+  finite = np.asarray(found['finite'])[:count].reshape(count, -1).all(1)
+  if finite.all():
+    return
+  row = int(np.argmin(finite))
+  loss, norm = (
+    _worst(np.ravel(np.asarray(found[name])[row]))
+    for name in ('loss', 'gradient_norm')
+  )
+  saved.wait()
+  steps = saved.steps()
+  last = 'there is no checkpoint yet'
+  if steps:
+    last = f'the last good checkpoint is {saved.path(steps[-1])}'
+  raise Diverged(
+    f'step {end - count + row + 1}: loss {loss}, gradient norm {norm}. Nothing '
+    f'of it was saved; {last}. Lower optimizer.learning_rate or '
+    'optimizer.clip_norm, or mend the data, and run again'
+  )
+
+
+def _worst(values):
+  return next((v for v in values if not math.isfinite(v)), values[0])
+
+
+class _Interrupt:
+  """SIGTERM and SIGINT ask the loop to save and leave between dispatches."""
+
+  def __init__(self):
+    self.reason = ''
+
+  def ask(self, reason: str) -> None:
+    self.reason = self.reason or reason
+
+  def now(self) -> bool:
+    if jax.process_count() == 1:
+      return bool(self.reason)
+    # All hosts leave at the same step, whichever was told first.
+    from jax.experimental import multihost_utils
+
+    told = multihost_utils.process_allgather(np.bool_(bool(self.reason)))
+    if told.any():
+      self.ask('another host was told to stop')
+    return bool(told.any())
+
+  def __enter__(self):
+    self._before = {}
+    for name in ('SIGTERM', 'SIGINT'):
+      number = getattr(signal, name)
+      with contextlib.suppress(ValueError):  # not the main thread
+        self._before[number] = signal.signal(
+          number, lambda n, _: self.ask(signal.Signals(n).name)
+        )
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

@@ -1,0 +1,202 @@
+"""Optimizers, schedules and parameter groups, by optax.
+
+A parameter group is a regular expression on tree paths (`nlm/w1`) with its own
+learning rate scale, weight decay, or none of either (frozen). Every leaf
+belongs to exactly one group and every pattern meets at least one leaf, so a
+renamed parameter cannot slip silently into the wrong group.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from recursive_weights.interfaces import Array, Tree, UserError
+
+
+class AdamAtan2State(NamedTuple):
+  count: Array
+  m: Tree
+  v: Tree
+
+
+def scale_by_adam_atan2(
+  b1: float = 0.9, b2: float = 0.95
+) -> optax.GradientTransformation:
+  """Adam with atan2 in place of the division: scale-free, without epsilon.
+
+  m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,
+  u = atan2(m, sqrt(v / (1 - b2^t))) / (1 - b1^t).
+
+  The first moment's bias is corrected through the step size, not inside atan2;
+  there are no constants a and b. Source: Everett et al. 2024
+  (arXiv 2407.05872), as in the optimizer that Tiny Recursive Models use.
+  """
+
+  def init(params):
+    return AdamAtan2State(
+      jnp.zeros([], jnp.int32),
+      jax.tree.map(jnp.zeros_like, params),
+      jax.tree.map(jnp.zeros_like, params),
+    )
+
+  def update(grads, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    t = count.astype(jnp.float32)
+    m = optax.tree.update_moment(grads, state.m, b1, 1)
+    v = optax.tree.update_moment(grads, state.v, b2, 2)
+    c1, c2 = 1 - b1**t, 1 - b2**t
+    updates = jax.tree.map(
+      lambda m, v: jnp.arctan2(m, jnp.sqrt(v / c2)) / c1, m, v
+    )
+    return updates, AdamAtan2State(count, m, v)
+
+  return optax.GradientTransformation(init, update)
+
+
+def schedule(
+  learning_rate: float,
+  steps: int,
+  *,
+  name: str = 'cosine',
+  warmup_steps: int = 0,
+  final_fraction: float = 0.0,
+) -> optax.Schedule:
+  """Learning rate by step: linear warm-up, then `name`.
+
+  Args:
+    learning_rate: the peak.
+    steps: length of the training, warm-up included.
+    name: 'constant', 'cosine' or 'linear' (to `final_fraction` of the peak).
+    warmup_steps: steps from 0 to the peak.
+    final_fraction: the last learning rate over the peak.
+  """
+  if warmup_steps < 0 or warmup_steps > steps:
+    raise UserError(
+      f'optimizer.schedule.warmup_steps must lie in [0, training.steps = '
+      f'{steps}], got {warmup_steps}'
+    )
+  rest = max(steps - warmup_steps, 1)
+  if name == 'constant':
+    tail = optax.constant_schedule(learning_rate)
+  elif name == 'cosine':
+    tail = optax.cosine_decay_schedule(learning_rate, rest, final_fraction)
+  elif name == 'linear':
+    tail = optax.linear_schedule(
+      learning_rate, final_fraction * learning_rate, rest
+    )
+  else:
+    raise UserError(
+      f"optimizer.schedule.name must be 'constant', 'cosine' or 'linear', "
+      f'got {name!r}'
+    )
+  if not warmup_steps:
+    return tail
+  # The first update already moves: step 0 has 1 / warmup_steps of the peak.
+  warmup = optax.linear_schedule(
+    learning_rate / warmup_steps, learning_rate, max(warmup_steps - 1, 1)
+  )
+  return optax.join_schedules([warmup, tail], [warmup_steps])
+
+
+def path_names(tree: Tree) -> list[str]:
+  """Names of a tree's leaves, such as 'nlm/w1', in leaf order."""
+  return [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def label(params: Tree, patterns: dict[str, str]) -> Tree:
+  """The tree of group names: each leaf's one group by `re.search`.
+
+  Raises:
+    UserError: lists every leaf with no group or several, and every pattern
+      that meets no leaf.
+  """
+  names = path_names(params)
+  hits = {
+    name: [g for g, pattern in patterns.items() if re.search(pattern, name)]
+    for name in names
+  }
+  errors = [
+    f'{name} is in {len(groups)} groups {groups}, must be in exactly one'
+    for name, groups in hits.items()
+    if len(groups) != 1
+  ]
+  errors += [
+    f'group {g!r} with pattern {pattern!r} meets no parameter'
+    for g, pattern in patterns.items()
+    if not any(g in groups for groups in hits.values())
+  ]
+  if errors:
+    raise UserError(
+      'optimizer.groups: '
+      + '; '.join(errors)
+      + f'. Parameters: {", ".join(names)}'
+    )
+  structure = jax.tree.structure(params)
+  return jax.tree.unflatten(structure, [hits[name][0] for name in names])
+
+
+def make(
+  params: Tree,
+  steps: int,
+  *,
+  name: str = 'adamw',
+  learning_rate: float = 1e-3,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  clip_norm: float = 1.0,
+  schedule: dict,
+  groups: dict,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """The gradient transformation and its schedule (for the log).
+
+  Args:
+    params: the tree to train, or its shapes.
+    steps: length of the training.
+    name: 'adamw', 'adam_atan2' (`eps` unused) or 'sgd' (`b1` is momentum).
+    learning_rate: peak learning rate.
+    b1, b2, eps: moments.
+    clip_norm: bound on the global gradient norm; 0 turns clipping off.
+    schedule: arguments of `schedule`.
+    groups: by group name `{pattern, lr_scale, weight_decay, frozen}`; decay is
+      decoupled: p <- p (1 - lr weight_decay).
+  """
+  if learning_rate <= 0:
+    raise UserError(f'optimizer.learning_rate must be > 0, got {learning_rate}')
+  rate = _schedule(learning_rate, steps, **schedule)
+  moments = {
+    'adamw': lambda: optax.scale_by_adam(b1, b2, eps),
+    'adam_atan2': lambda: scale_by_adam_atan2(b1, b2),
+    'sgd': lambda: optax.trace(b1),
+  }
+  if name not in moments:
+    raise UserError(
+      f'optimizer.name must be one of {sorted(moments)}, got {name!r}'
+    )
+
+  def group(pattern, lr_scale=1.0, weight_decay=0.0, frozen=False):
+    del pattern
+    if frozen:
+      return optax.set_to_zero()
+    parts = [moments[name]()]
+    if weight_decay:
+      parts.append(optax.add_decayed_weights(weight_decay))
+    parts.append(optax.scale_by_learning_rate(lambda t: lr_scale * rate(t)))
+    return optax.chain(*parts)
+
+  labels = label(params, {g: fields['pattern'] for g, fields in groups.items()})
+  parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  parts.append(
+    optax.partition({g: group(**f) for g, f in groups.items()}, labels)
+  )
+  return optax.chain(*parts), rate
+
+
+_schedule = schedule  # `make` has a keyword of the same name.

@@ -158,23 +158,26 @@ def make(
     return x.transpose(order)
 
   def stack(x):
-    return jax.numpy.stack([x] * devices)
+    return np.stack([np.asarray(x)] * devices)
 
   def pmap_scatter(state):
     carry = state.carry
     placed = jax.tree.map(stack, state._replace(carry={}))
     return placed._replace(
-      carry=jax.tree.map(lambda x: split_rows(x, rows), carry)
+      carry=jax.tree.map(lambda x: split_rows(np.asarray(x), rows), carry)
     )
 
   def pmap_gather(state):
-    plain = jax.tree.map(lambda x: x[0], state._replace(carry={}))
+    def first(x):
+      return np.asarray(x.addressable_shards[0].data)[0]
 
     def join(x):
-      x = jax.numpy.moveaxis(x, 0, rows)
+      x = np.moveaxis(np.asarray(x), 0, rows)
       return x.reshape(*x.shape[:rows], -1, *x.shape[rows + 2 :])
 
-    return plain._replace(carry=jax.tree.map(join, state.carry))
+    plain = jax.tree.map(first, state._replace(carry={}))
+    plain = plain._replace(carry=jax.tree.map(join, state.carry))
+    return scatter(plain)
 
   def pmap_batches(tree):
     axis = 1 if seeds == 1 else 2

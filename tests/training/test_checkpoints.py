@@ -1,0 +1,122 @@
+"""Checkpoints: exact, kept as told, refused where torn or foreign."""
+
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+import toy
+
+from recursive_weights.interfaces import UserError
+from recursive_weights.training import checkpoints, loop
+
+
+@pytest.fixture
+def run(tmp_path):
+  experiment = toy.experiment(checkpoint__keep=3, checkpoint__best='')
+  loop.run(experiment, tmp_path)
+  shapes = jax.eval_shape(experiment.init, np.int32(0))
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), shapes
+  )
+  saved = checkpoints.open_folder(tmp_path, experiment.config, keep=3)
+  yield saved, abstract
+  saved.close()
+
+
+def truncate(folder):
+  """Cuts a checkpoint's files of array data in half."""
+  for path in (folder / 'params' / 'd').iterdir():
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+  experiment = toy.experiment(checkpoint__every=5, training__evaluate_every=5)
+  loop.run(experiment, tmp_path)
+  saved = checkpoints.open_folder(
+    tmp_path, experiment.config, best='validation/loss', mode='min'
+  )
+  scores = {}
+  for line in (tmp_path / 'metrics.jsonl').read_text().splitlines():
+    line = json.loads(line)
+    scores[line['step']] = line['validation/loss']
+  best = min(scores, key=scores.__getitem__)
+  assert saved.steps() == sorted({35, 40, best})
+  folder = checkpoints.best_folder(tmp_path, 'validation/loss', 'min')
+  assert folder.name == str(best)
+  saved.close()
+
+
+def test_restoring_what_was_saved_changes_nothing(run, tmp_path):
+  saved, abstract = run
+  state = saved.restore(30, abstract)
+  again = saved.restore(30, abstract)
+  chex.assert_trees_all_equal(state, again)
+  assert json.loads(
+    (saved.path(30) / 'config' / 'config.json').read_text()
+  ) == json.loads((tmp_path / 'config.json').read_text())
+
+
+@pytest.mark.parametrize('harm', ['truncate', 'bits', 'about'])
+def test_torn_is_refused_and_the_one_before_is_used(run, harm, caplog):
+  saved, abstract = run
+  folder = saved.path(40)
+  if harm == 'truncate':
+    truncate(folder)
+  elif harm == 'about':
+    (folder / 'about' / 'about.json').write_text('{"st')
+  else:
+    about = json.loads((folder / 'about' / 'about.json').read_text())
+    about['digest']['params']['w1'] = '00000000'
+    (folder / 'about' / 'about.json').write_text(json.dumps(about))
+  state = saved.restore_newest(abstract)
+  assert int(state.step) == 30
+  assert 'refused' in caplog.text
+  # Moved aside, not removed; step 40 can be saved again.
+  assert (saved.folder.parent / 'refused' / '40').is_dir()
+  saved.save(state._replace(step=np.int32(40) + 0 * state.step), {})
+  saved.wait()
+  assert 40 in saved.steps()
+
+
+def test_foreign_is_refused(run):
+  saved, abstract = run
+  path = saved.path(40) / 'config' / 'config.json'
+  config = json.loads(path.read_text())
+  config['model']['width'] = 99
+  path.write_text(json.dumps(config))
+  with pytest.raises(checkpoints.Refused, match=r'model\.width'):
+    saved.restore(40, abstract)
+  assert int(saved.restore_newest(abstract).step) == 30
+
+
+def test_another_shape_is_refused(run):
+  saved, abstract = run
+  wide = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct(
+      (*s.shape[:-1], 2 * s.shape[-1]) if s.shape else (),
+      s.dtype,
+      sharding=s.sharding,
+    ),
+    abstract,
+  )
+  with pytest.raises(checkpoints.Refused):
+    saved.restore(40, wide)
+
+
+def test_nothing_usable_is_an_error_not_a_fresh_start(run):
+  saved, abstract = run
+  for step in saved.steps():
+    truncate(saved.path(step))
+  with pytest.raises(UserError, match='no usable checkpoint'):
+    saved.restore_newest(abstract)
+
+
+def test_no_checkpoint_says_so(tmp_path):
+  with pytest.raises(UserError, match='no checkpoint in'):
+    checkpoints.load(tmp_path, {})
+  with pytest.raises(UserError, match=r'no config\.json'):
+    checkpoints.read_config(tmp_path)

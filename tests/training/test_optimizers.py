@@ -1,0 +1,145 @@
+"""Optimizers against NumPy float64, and the laws of parameter groups."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from recursive_weights.interfaces import UserError
+from recursive_weights.training import optimizers
+
+PARAMS = {
+  'a': {'w': jnp.ones((3, 2)), 'b': jnp.full(2, 0.5)},
+  'c': jnp.linspace(-1.0, 1.0, 4),
+}
+SCHEDULE = {'name': 'constant', 'warmup_steps': 0, 'final_fraction': 0.0}
+
+
+def group(pattern, **fields):
+  return {
+    'pattern': pattern,
+    'lr_scale': 1.0,
+    'weight_decay': 0.0,
+    'frozen': False,
+  } | fields
+
+
+def build(groups, **fields):
+  return optimizers.make(
+    PARAMS,
+    10,
+    **({'schedule': SCHEDULE, 'groups': groups, 'clip_norm': 0.0} | fields),
+  )[0]
+
+
+def train(optimizer, grads):
+  params, state = PARAMS, optimizer.init(PARAMS)
+  for g in grads:
+    updates, state = optimizer.update(g, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def gradients(count, scale=1.0):
+  rng = np.random.default_rng(0)
+  return [
+    jax.tree.map(
+      lambda x: jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32),
+      PARAMS,
+    )
+    for _ in range(count)
+  ]
+
+
+def test_adam_atan2_against_numpy_float64():
+  """p <- p (1 - lr wd) - lr / (1 - b1^t) atan2(m, sqrt(v / (1 - b2^t)))."""
+  lr, decay, b1, b2 = 0.1, 0.3, 0.9, 0.95
+  grads = gradients(5)
+  found = train(
+    build(
+      {'all': group('.*', weight_decay=decay)},
+      name='adam_atan2',
+      learning_rate=lr,
+      b1=b1,
+      b2=b2,
+    ),
+    grads,
+  )
+  for name in ('a/w', 'a/b', 'c'):
+
+    def leaf(tree, name=name):
+      for part in name.split('/'):
+        tree = tree[part]
+      return np.asarray(tree, np.float64)
+
+    p = leaf(PARAMS)
+    m = v = np.zeros_like(p)
+    for t, g in enumerate(map(leaf, grads), 1):
+      m = b1 * m + (1 - b1) * g
+      v = b2 * v + (1 - b2) * g**2
+      step = np.arctan2(m, np.sqrt(v / (1 - b2**t))) / (1 - b1**t)
+      p = p * (1 - lr * decay) - lr * step
+    np.testing.assert_allclose(leaf(found), p, rtol=2e-6, atol=1e-6)
+
+
+def test_adam_atan2_does_not_see_the_scale_of_gradients():
+  optimizer = build({'all': group('.*')}, name='adam_atan2')
+  chex.assert_trees_all_close(
+    train(optimizer, gradients(3)),
+    train(optimizer, gradients(3, scale=1e-6)),
+    rtol=1e-5,
+  )
+
+
+def test_groups_freeze_scale_and_decay():
+  groups = {
+    'frozen': group('a/w', frozen=True),
+    'slow': group('a/b', lr_scale=0.1),
+    'decayed': group('^c', weight_decay=0.5),
+  }
+  optimizer = build(groups, name='sgd', b1=0.0, learning_rate=0.1)
+  (g,) = gradients(1)
+  found = train(optimizer, [g])
+  chex.assert_trees_all_equal(found['a']['w'], PARAMS['a']['w'])
+  chex.assert_trees_all_close(
+    found['a']['b'], PARAMS['a']['b'] - 0.01 * g['a']['b'], rtol=1e-6
+  )
+  chex.assert_trees_all_close(
+    found['c'], PARAMS['c'] - 0.1 * (g['c'] + 0.5 * PARAMS['c']), rtol=1e-6
+  )
+
+
+def test_every_leaf_has_one_group_and_every_pattern_a_leaf():
+  with pytest.raises(UserError) as error:
+    build({'x': group('a/'), 'y': group('w'), 'z': group('nothing')})
+  text = str(error.value)
+  assert "a/w is in 2 groups ['x', 'y']" in text
+  assert 'c is in 0 groups' in text
+  assert "'nothing' meets no parameter" in text
+
+
+def test_schedules():
+  cosine = optimizers.schedule(
+    2.0, 110, name='cosine', warmup_steps=10, final_fraction=0.1
+  )
+  np.testing.assert_allclose(cosine(0), 0.2, rtol=1e-6)
+  np.testing.assert_allclose(cosine(9), 2.0, rtol=1e-6)
+  np.testing.assert_allclose(cosine(60), 2.0 * 0.55, rtol=1e-5)
+  np.testing.assert_allclose(cosine(110), 0.2, rtol=1e-5)
+  linear = optimizers.schedule(1.0, 10, name='linear')
+  np.testing.assert_allclose(linear(5), 0.5, rtol=1e-6)
+  with pytest.raises(UserError, match='warmup_steps'):
+    optimizers.schedule(1.0, 10, warmup_steps=11)
+  with pytest.raises(UserError, match='sine'):
+    optimizers.schedule(1.0, 10, name='sine')
+
+
+def test_clipping_bounds_the_update():
+  optimizer = build(
+    {'all': group('.*')}, name='sgd', b1=0.0, learning_rate=1.0, clip_norm=0.5
+  )
+  found = train(optimizer, gradients(1, scale=100.0))
+  moved = jax.tree.map(lambda a, b: a - b, found, PARAMS)
+  np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-5)

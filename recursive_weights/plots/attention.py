@@ -7,9 +7,9 @@ import numpy as np
 
 from recursive_weights.plots import _figure
 
-# wall, open, start, goal
+# Wall, open, start (blue), goal (green).
 _MAZE_COLOURS = np.array(
-  [[0.20, 0.22, 0.27], [1, 1, 1], [0.34, 0.71, 0.91], [0.84, 0.37, 0]]
+  [[0.20, 0.22, 0.27], [1, 1, 1], [0.0, 0.45, 0.70], [0.0, 0.62, 0.45]]
 )
 
 
@@ -34,7 +34,7 @@ def strip(
 
   Args:
     path: file to write.
-    image: `[h, w]` in grey, or `[h, w, 3]` in colours in [0, 1].
+    image: `[h, w]`, larger values more ink, or `[h, w, 3]`, colours in [0, 1].
     attention_SHT: attention `[S, H, T]` over T tokens in reading order of a
       grid with the proportions of the image; averaged over heads. All panels
       share one colour scale.
@@ -61,12 +61,12 @@ def strip(
   with _figure.style():
     figure = _figure.new(1.75 * columns + 0.9, 2.1 * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
+    for axis in axes.ravel()[len(steps) :]:
       axis.axis('off')
     for axis, step in zip(axes.flat, steps, strict=False):
       overlay = _panel(axis, image, maps_SHW[step - 1], highest)
       axis.set_title(_caption(step, predictions, certainty_S))
-    bar = figure.colorbar(overlay, ax=axes, shrink=0.8, alpha=1)
+    bar = figure.colorbar(overlay, ax=axes, shrink=0.8)
     bar.set_label('attention, mean over heads')
     bar.outline.set_visible(False)
     figure.suptitle(title)
@@ -129,7 +129,6 @@ def _film_frame(image, maps_SHW, step, predictions, certainty_S, title):
       ylabel='certainty',
     )
   _panel(axis, image, maps_SHW[step - 1], maps_SHW.max())
-  axis.axis('off')
   axis.set_title(_caption(step, predictions, certainty_S))
   figure.suptitle(title)
   return figure
@@ -159,17 +158,27 @@ def _maps(image, attention_SHT):
 
 
 def _panel(axis, image, map_HW, highest):
-  """Draws the image in faint grey and the attention over it."""
+  """Draws the image as faint ink on paper and the attention over it."""
+  from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+  if image.ndim == 2:
+    ink_HW = (image - image.min()) / (np.ptp(image) or 1)
+    image = np.repeat(1 - ink_HW[:, :, None], 3, axis=2)
   extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-  axis.imshow(image, cmap='gray', extent=extent)
-  # Opacity grows with attention, so what is not looked at stays visible.
-  share_HW = map_HW / highest if highest > 0 else map_HW
+  axis.set(xticks=[], yticks=[])
+  axis.spines[:].set(visible=True, color='#bbbbbb')
+  axis.imshow(1 - 0.65 * (1 - image), extent=extent)
+  # Only opacity tells how much: what is not looked at stays as it is, and the
+  # colour bar on white paper shows the colours of the panels.
+  colour = to_rgb(_figure.COLOURS[1])
+  shades = LinearSegmentedColormap.from_list(
+    'attention', [(*colour, 0.0), (*colour, 0.9)]
+  )
   return axis.imshow(
     map_HW,
-    cmap='inferno',
+    cmap=shades,
     vmin=0,
     vmax=highest,
-    alpha=0.85 * np.sqrt(share_HW),
     extent=extent,
     interpolation='nearest',
   )

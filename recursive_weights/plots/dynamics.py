@@ -62,7 +62,7 @@ def _draw_curves(axis, steps, certainty_SB, accuracy_S):
   if accuracy_S is not None:
     axis.plot(steps, accuracy_S, color=_figure.COLOURS[1], label='accuracy')
   axis.set(ylim=(-0.03, 1.03), ylabel='share', title='Certainty and accuracy')
-  axis.legend(loc='center left', bbox_to_anchor=(1.01, 0.5))
+  axis.legend()
 
 
 def _draw_map(figure, axis, steps, activity_SN, name):

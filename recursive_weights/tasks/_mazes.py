@@ -20,12 +20,20 @@ def offsets(size: int) -> np.ndarray:
 
 
 def carve(
-  stream: np.random.Generator, count: int, size: int, loops: float
+  stream: np.random.Generator,
+  count: int,
+  size: int,
+  *,
+  branching: float,
+  loops: float,
 ) -> np.ndarray:
-  """Perfect mazes by randomised depth-first search, all mazes in lock-step.
+  """Perfect mazes, grown from cell to free cell, all mazes in lock-step.
 
-  A perfect maze has one route between any two cells. Each wall that is left
-  between neighbouring cells is then removed with probability `loops`.
+  A perfect maze has one route between any two cells. Each step goes on from
+  the newest cell that has free neighbours (depth-first search), or with
+  probability `branching` from any earlier one, which makes every perfect maze
+  possible. Each wall that is left between neighbouring cells is then removed
+  with probability `loops`.
 
   Returns:
     bool `[B, size^2]`, true where open.
@@ -50,6 +58,13 @@ def carve(
   stack_TB[0] = row_B * size + column_B
   free_BX[rows_B, stack_TB[0] + rim] = False
   for _ in range(2 * (total - 1)):
+    if branching > 0:
+      jump_B = stream.random(count) < branching
+      earlier_B = (stream.random(count) * (depth_B + 1)).astype(np.int32)
+      earlier_B = np.where(jump_B, earlier_B, depth_B)
+      top_B = stack_TB[depth_B, rows_B]
+      stack_TB[depth_B, rows_B] = stack_TB[earlier_B, rows_B]
+      stack_TB[earlier_B, rows_B] = top_B
     here_B = stack_TB[depth_B, rows_B]
     next_B4 = here_B[:, None] + step_4[None, :]
     key_B4 = stream.random((count, 4), np.float32) + np.float32(0.5)

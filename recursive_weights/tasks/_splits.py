@@ -23,10 +23,14 @@ def check(split: str) -> None:
     raise UserError(f'split must be one of {NAMES}, got {split!r}')
 
 
-def generator(seed: int, *path: int) -> np.random.Generator:
-  """A Philox generator that is a pure function of the seed and the path."""
+def check_seed(seed: int) -> None:
+  """Raises `UserError` if `seed` starts no generator."""
   if seed < 0:
     raise UserError(f'seed must be >= 0, got {seed}')
+
+
+def generator(seed: int, *path: int) -> np.random.Generator:
+  """A Philox generator that is a pure function of the seed and the path."""
   sequence = np.random.SeedSequence(seed, spawn_key=path)
   return np.random.Generator(np.random.Philox(sequence))
 

@@ -42,6 +42,7 @@ def make(
   Raises:
     UserError: an argument is out of range, or scikit-learn is missing.
   """
+  _splits.check_seed(seed)
   if patch not in (1, 2, 4, 8):
     raise UserError(f'patch must be 1, 2, 4 or 8, got {patch}')
   if not 0 <= max_shift < SIDE:

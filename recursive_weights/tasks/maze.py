@@ -28,6 +28,7 @@ def make(
   seed: int = 0,
   size: int = 9,
   route: int | None = None,
+  branching: float = 0.1,
   loops: float = 0.0,
   lookahead: int | None = 5,
   augmentation: str = 'dihedral',
@@ -57,6 +58,9 @@ def make(
     size: side of the maze with its outer walls, odd, at least 5.
     route: number of moves in an answer; by default
       `min(5 * size // 2, longest possible)`.
+    branching: how often a maze goes on growing from a random earlier cell
+      rather than from the newest one, in [0, 1]. 0 is depth-first search: the
+      longest routes, but only 481 mazes of size 9 up to symmetry.
     loops: share of the walls between neighbouring cells of the perfect maze
       that is removed, in [0, 1).
     lookahead: the loss counts the correct prefix of an answer and this many
@@ -68,6 +72,7 @@ def make(
   Raises:
     UserError: an argument is out of range, or a split would be empty.
   """
+  _splits.check_seed(seed)
   if size < 5 or size % 2 == 0:
     raise UserError(f'size must be odd and >= 5, got {size}')
   if route is None:
@@ -75,6 +80,8 @@ def make(
     route = min(5 * size // 2, 2 * (cells * cells - 1))
   if route < 1:
     raise UserError(f'route must be > 0, got {route}')
+  if not 0 <= branching <= 1:
+    raise UserError(f'branching must be in [0, 1], got {branching}')
   if not 0 <= loops < 1:
     raise UserError(f'loops must be in [0, 1), got {loops}')
   if lookahead is not None and lookahead < 1:
@@ -86,7 +93,10 @@ def make(
   if eval_size < 1:
     raise UserError(f'eval_size must be > 0, got {eval_size}')
 
-  draw = functools.partial(_draw, size=size, route=route, loops=loops)
+  carve = functools.partial(
+    _mazes.carve, size=size, branching=branching, loops=loops
+  )
+  draw = functools.partial(_draw, carve=carve, size=size, route=route)
   squares_GX, moves_GV = _mazes.symmetries(size)
 
   @functools.cache
@@ -180,7 +190,7 @@ def _solved(size, moves_BT, batch):
   return fine_BT.all(axis=1)
 
 
-def _draw(split, stream, count, *, size, route, loops):
+def _draw(split, stream, count, *, carve, size, route):
   """`count` mazes of a split: tokens `[B, size^2]` and moves `[B, route]`."""
   wanted = _splits.NAMES.index(split)
   hash_walls = size >= 9
@@ -188,7 +198,7 @@ def _draw(split, stream, count, *, size, route, loops):
   for _ in range(_ROUNDS):
     # Enough for one round most often, within 2,048 mazes of memory.
     many = missing * 21 if wanted else missing + missing // 8 + 4
-    open_BX = _mazes.carve(stream, min(many, 2048), size, loops)
+    open_BX = carve(stream, min(many, 2048))
     if hash_walls:
       open_BX = open_BX[_of_split(open_BX, size, wanted)][:missing]
     tokens_BX, moves_BT = _mazes.place(stream, open_BX, size, route)
@@ -202,12 +212,12 @@ def _draw(split, stream, count, *, size, route, loops):
       tokens_BX, moves_BT = map(np.concatenate, zip(*drawn, strict=True))
       return tokens_BX, moves_BT
   raise UserError(
-    f'size={size}, route={route} and loops={loops} allow too few mazes to '
-    f'fill split {split!r}; raise size or lower loops'
+    f'size={size} and route={route} allow too few mazes to fill split '
+    f'{split!r}; raise size or branching, or lower loops'
   )
 
 
 def _of_split(grids_BX, size, wanted):
   squares_GX, _ = _mazes.symmetries(size)
-  hash_BG = [_splits.hash_rows(grids_BX[:, squares]) for squares in squares_GX]
-  return _splits.by_hash(np.min(hash_BG, axis=0)) == wanted
+  hash_GB = [_splits.hash_rows(grids_BX[:, squares]) for squares in squares_GX]
+  return _splits.by_hash(np.max(hash_GB, axis=0)) == wanted

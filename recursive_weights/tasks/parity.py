@@ -41,6 +41,7 @@ def make(
   Raises:
     UserError: an argument is out of range.
   """
+  _splits.check_seed(seed)
   if length < 2:
     raise UserError(f'length must be >= 2, got {length}')
   if eval_size < 1:

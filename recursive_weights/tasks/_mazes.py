@@ -4,6 +4,8 @@ A maze of odd side `size` is a flat row of `size^2` squares in reading order.
 Squares whose row and column are odd are cells; the others are walls or
 passages between cells. The outer squares are always wall, so a step along the
 flat row never wraps from one side of an open square to the other.
+
+Two letters of names are this file's and its users' own: X squares, G symmetries.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Evaluates a trained model from its checkpoint alone.
+r"""Evaluates a trained model from its checkpoint alone.
 
   python eval.py --workdir=DIR | --pretrained=NAME \
       [--output_dir=DIR] [--config.field=value ...]

@@ -1,4 +1,4 @@
-"""Trains what a config describes.
+r"""Trains what a config describes.
 
   python train.py --config=configs/NAME.py[:variant] --workdir=DIR \
       [--config.field=value ...]

@@ -1,15 +1,17 @@
 """What train.py and eval.py share: flags, config files, errors of the user."""
 
+import ast
 import contextlib
 import importlib.util
-import os
+import logging
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
 
 from recursive_weights.interfaces import UserError
 
@@ -29,6 +31,7 @@ def read_config_file(text: str) -> ConfigDict:
   spec = importlib.util.spec_from_file_location(
     f'config_{pathlib.Path(path).stem}', path
   )
+  assert spec is not None and spec.loader is not None  # it is a .py file
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
@@ -45,39 +48,56 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
   config = config.copy_and_resolve_references()
   errors = []
   for argument in arguments:
-    name = argument.lstrip('-').partition('=')[0].removeprefix('config.')
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict('config', config.lock(), flag_values=values)
+    name, _, text = argument.lstrip('-').removeprefix('config.').partition('=')
     try:
-      with open(os.devnull, 'w') as quiet, contextlib.redirect_stderr(quiet):
-        values(['', argument])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-      errors.append(_explain(config, name, argument, e))
+      node = _find(config, name)
+      config.update_from_flattened_dict({name: _parse(name, text, node)})
+    except UserError as error:
+      errors.append(str(error))
   if errors:
     raise UserError('; '.join(errors))
   return config
 
 
-def _explain(config, name, argument, error):
-  value = argument.partition('=')[2]
+def _find(config, name):
   node = config
   for depth, part in enumerate(name.split('.')):
     if not isinstance(node, ConfigDict) or part not in node:
-      where = '.'.join(name.split('.')[:depth])
+      where = '.'.join(['config', *name.split('.')[:depth]])
       fields = sorted(node) if isinstance(node, ConfigDict) else []
-      return (
-        f'config.{name} is no field; config{"." if where else ""}{where} has: '
+      raise UserError(
+        f'config.{name} is no field; {where} has: '
         f'{", ".join(fields) or "no fields"}'
       )
     node = node[part]
   if isinstance(node, ConfigDict):
-    return (
-      f'config.{name} is a group: set one of its fields '
+    raise UserError(
+      f'config.{name} is a group: set one of its fields, '
       f'{", ".join(sorted(node))}'
     )
-  kind = type(node).__name__
-  del error
-  return f'config.{name} must be {kind}, as in {node!r}; got {value!r}'
+  return node
+
+
+def _parse(name, text, now):
+  """`text` as a value of the type that the field has now."""
+  if isinstance(now, str):
+    return text
+  if isinstance(now, bool):
+    words = {'true': True, '1': True, 'false': False, '0': False}
+    if text.lower() in words:
+      return words[text.lower()]
+  else:
+    with contextlib.suppress(ValueError, SyntaxError):
+      value = ast.literal_eval(text)
+      if isinstance(now, float) and type(value) in (int, float):
+        return float(value)
+      if isinstance(now, tuple) and isinstance(value, list | tuple):
+        return tuple(value)
+      if type(value) is type(now):
+        return value
+  raise UserError(
+    f'config.{name} must be {type(now).__name__}, as in {now!r}; got {text!r}'
+  )
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -109,12 +129,18 @@ def run(main: Callable[[list[str]], None], description: str) -> None:
   """
   from recursive_weights.training.loop import Diverged
 
-  logging.set_verbosity(logging.INFO)
-  logging.use_absl_handler()
+  # Our own lines; of the libraries only warnings.
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  ours = logging.getLogger('recursive_weights')
+  ours.addHandler(handler)
+  ours.setLevel(logging.INFO)
+  ours.propagate = False
   rest, overrides = split_overrides(sys.argv)
   if any(a in ('--help', '-h', '-help', '--helpfull') for a in rest):
-    print(f'{description}\n\nFlags:\n{flags.FLAGS.module_help(sys.argv[0])}')
-    print(_own_flags())
+    print(f'{description}\nFlags:\n{flags.FLAGS.module_help(sys.argv[0])}')
+    print('  --config.FIELD: overrides a field of the config')
     sys.exit(0)
 
   try:
@@ -136,13 +162,4 @@ def run(main: Callable[[list[str]], None], description: str) -> None:
     except Diverged as error:
       fail(str(error), code=3)
 
-  for noisy in ('orbax', 'jax._src', 'tensorboardX'):
-    __import__('logging').getLogger(noisy).setLevel('WARNING')
   app.run(guarded, argv=rest[:1], flags_parser=lambda argv: argv)
-
-
-def _own_flags() -> str:
-  own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
-  lines = [f'  --{flag.name}: {flag.help}' for flag in own]
-  lines.append('  --config.FIELD=VALUE: overrides a field of the config')
-  return '\n'.join(lines)

@@ -96,10 +96,8 @@ def read_npz(path: pathlib.Path, shapes: Tree) -> Tree:
 
 def write_npz(path: pathlib.Path, params: Tree) -> None:
   """Writes what `read_npz` reads."""
-  np.savez(
-    path,
-    **{
-      jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(leaf)
-      for key, leaf in jax.tree_util.tree_leaves_with_path(params)
-    },
-  )
+  arrays: dict[str, Any] = {
+    jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(leaf)
+    for key, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  np.savez(path, **arrays)

@@ -215,6 +215,6 @@ def initialize(
         '(HOST:PORT of process 0) too'
       )
     return
-  if jax.config.jax_platforms == 'cpu':
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  # Only read on CPU, where several processes talk through gloo.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.distributed.initialize(coordinator_address, num_processes, process_id)

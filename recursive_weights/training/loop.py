@@ -158,7 +158,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       if not (report or evaluate or save):
         continue
       _check(previous, saved)
-      line = {}
+      line: dict[str, float] = {}
       if report:
         line |= _train_metrics(found, count - 1, seeds)
         now = time.monotonic()
@@ -215,7 +215,7 @@ def evaluate_all(
       member = jax.tree.map(lambda x, i=index: x[i], params)
     # Fixed by the seed alone: evaluating must not depend on when it is done.
     key = jax.random.key(config['seed'] + index)
-    values = {}
+    values: dict[str, float] = {}
     for evaluator in evaluators.values():
       values |= evaluator(member, key)
     by_seed.append(values)

@@ -17,7 +17,7 @@ from recursive_weights.interfaces import Array, Tree, UserError
 
 
 class AdamAtan2State(NamedTuple):
-  count: Array
+  step: Array
   m: Tree
   v: Tree
 
@@ -44,7 +44,7 @@ def scale_by_adam_atan2(
 
   def update(grads, state, params=None):
     del params
-    count = optax.safe_increment(state.count)
+    count = optax.safe_increment(state.step)
     t = count.astype(jnp.float32)
     m = optax.tree.update_moment(grads, state.m, b1, 1)
     v = optax.tree.update_moment(grads, state.v, b2, 2)

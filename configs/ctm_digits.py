@@ -1,0 +1,77 @@
+"""Does a Continuous Thought Machine need its own W2, or will T(W1) do?
+
+A Continuous Thought Machine reads real handwritten digits (scikit-learn's 1,797
+scans of 8x8 pixels; 1,257 to train, 180 to validate, 360 to test), thinking for
+a few ticks about each. The output weights of its neurons are not stored: they
+are derived from the input weights, W2 = T(contract(W1)).
+
+  python train.py --config=configs/ctm_digits.py --workdir=runs/ctm_digits
+
+Variants, joined by commas: `smoke` (seconds), `independent` (W2 stored),
+`shared`, `frozen`, an operator's name, `rank4` and so on (see
+configs/derivations.py), `document` (the design document's neuron sizes: M 15,
+h 4, D 128), `deep` (two hidden layers in each neuron's model).
+"""
+
+from configs import derivations
+from recursive_weights import config as config_lib
+
+VARIANTS = ('smoke', 'document', 'deep', *derivations.NAMES)
+
+
+def get_config(variant=None):
+  chosen = config_lib.variants(variant, VARIANTS)
+  config = config_lib.base()
+  config.task = {'name': 'digits', 'patch': 2, 'max_shift': 1}
+  config.model = {
+    'name': 'ctm',
+    'width': 128,
+    'input_width': 64,
+    'heads': 4,
+    'memory': 10,
+    'ticks': 10,
+    'nlm': {'hidden': 8, 'activation': 'glu', 'layers': 0, 'norm': False},
+    'synapse_depth': 1,
+    'pairing': 'random-pairing',
+    'sync_out': 64,
+    'sync_action': 64,
+    'self_pairs': 8,
+    'dropout': 0.0,
+    'gate': False,
+    'remat': False,
+    'seed': 0,
+  }
+  config.objective.name = 'certainty'
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.schedule.warmup_steps = 100
+  config.optimizer.groups.all.weight_decay = 0.01
+  config.training.update(
+    steps=3000,
+    batch_size=64,
+    steps_per_dispatch=25,
+    ema_decay=0.995,
+    report_every=25,
+    evaluate_every=250,
+  )
+  config.checkpoint.update(every=500, best='validation/accuracy')
+  config.evaluators.during = {'accuracy': {'splits': ('validation',)}}
+  config.evaluators.after = {
+    'accuracy': {'splits': ('validation', 'test')},
+    'depth_sweep': {'splits': ('test',)},
+  }
+  if 'document' in chosen:
+    config.model.memory = 15
+    config.model.nlm.update(hidden=4, activation='relu')
+  if 'deep' in chosen:
+    config.model.nlm.layers = 2
+  derivations.derive_w2(config, chosen, default='spectral_residual')
+  if 'smoke' in chosen:
+    config.model.update(width=32, input_width=16, ticks=3, memory=4)
+    config.model.update(sync_out=16, sync_action=16, self_pairs=2)
+    config.training.update(
+      steps=6, batch_size=16, steps_per_dispatch=2, report_every=2
+    )
+    config.training.evaluate_every = 4
+    config.checkpoint.every = 4
+    config.optimizer.schedule.warmup_steps = 2
+  return config

@@ -1,0 +1,85 @@
+"""Ways to derive the output weights of neuron-level models, by name.
+
+Shared by the configs of the Continuous Thought Machine: a name here is a
+variant of each of them. W1 is 'nlm/w1' [M, F, D]; its contraction over the
+memory axis has the shape of W2, 'nlm/w2' [O, H, D].
+"""
+
+import ml_collections
+
+# T in W2 = T(contract(W1)): operator and its arguments.
+OPERATORS = {
+  'linear': {'bottleneck': 32},
+  'spectral': {'kind': 'mlp', 'rank': 8},
+  'spectral_scale': {'kind': 'scale', 'rank': 8},
+  'spectral_odd': {'kind': 'odd'},
+  'residual': {'kind': 'low_rank', 'rank': 4},
+  'residual_network': {'kind': 'network'},
+  'power': {},
+  'polynomial': {'degree': 3},
+  'fourier': {'modes': 8},
+  'flow': {'steps': 4},
+  'spectral_residual': {'rank': 8, 'alpha': 0.7},
+}
+FILES = {
+  'spectral_scale': 'spectral',
+  'spectral_odd': 'spectral',
+  'residual_network': 'residual',
+}
+RANKS = {'rank4': 4, 'rank8': 8, 'rank16': 16}
+ALPHAS = {'alpha50': 0.5, 'alpha80': 0.8, 'alpha100': 1.0}
+
+NAMES = (
+  'independent',  # W2 stored
+  'shared',  # W2 = contract(W1), no operator
+  'frozen',  # W2 random, never trained
+  *OPERATORS,
+  'linear_contraction',  # weights of any sign in place of a softmax
+  *RANKS,  # of the operator
+  *ALPHAS,  # at the start, of spectral_residual
+)
+
+
+def derive_w2(
+  config: ml_collections.ConfigDict, chosen: set[str], default: str
+) -> None:
+  """Sets `config.recursive.rules` (and groups) for the chosen variants."""
+  operators = [name for name in OPERATORS if name in chosen]
+  if len(operators) > 1:
+    raise ValueError(f'choose one operator, got {operators}')
+  if 'frozen' in chosen:
+    everything = config.optimizer.groups.all.copy_and_resolve_references()
+    config.optimizer.groups = {
+      'rest': everything.to_dict() | {'pattern': '^(?!nlm/w2$)'},
+      'frozen': everything.to_dict() | {'pattern': '^nlm/w2$', 'frozen': True},
+    }
+  if chosen & {'frozen', 'independent'}:
+    config.recursive.rules = {}
+    return
+  name = operators[0] if operators else default
+  fields = {'name': FILES.get(name, name)} | OPERATORS[name]
+  if 'shared' in chosen:
+    fields = {'name': ''}
+  for variant in sorted(chosen & set(RANKS)):
+    fields['rank'] = RANKS[variant]
+  for variant in sorted(chosen & set(ALPHAS)):
+    fields['alpha'] = ALPHAS[variant]
+  kind = 'linear' if 'linear_contraction' in chosen else 'softmax'
+  config.recursive.rules = {
+    'w2': {
+      'source': 'nlm/w1',
+      'target': 'nlm/w2',
+      'contraction': kind,
+      'operator': fields,
+      'iterate': False,
+    }
+  }
+  if config.model.nlm.layers:
+    # Deep: the hidden stack is T(C), T(T(C)), ... with one T.
+    config.recursive.rules['hidden'] = {
+      'source': 'nlm/w1',
+      'target': 'nlm/hidden',
+      'contraction': kind,
+      'operator': dict(fields),
+      'iterate': True,
+    }

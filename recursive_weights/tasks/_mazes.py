@@ -5,7 +5,7 @@ Squares whose row and column are odd are cells; the others are walls or
 passages between cells. The outer squares are always wall, so a step along the
 flat row never wraps from one side of an open square to the other.
 
-Two letters of names are this file's and its users' own: X squares, G symmetries.
+In names of arrays, X counts squares and G symmetries.
 """
 
 import functools

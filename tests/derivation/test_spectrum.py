@@ -264,3 +264,25 @@ def test_at_a_tie_a_function_of_order_has_a_bounded_gradient():
   }
   gradient = jax.grad(lambda w: jnp.sum(operator.apply(theta, w) ** 2))(base)
   assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+  'operator',
+  [
+    *(spectral.make(kind=kind) for kind in ('mlp', 'scale', 'odd')),
+    power.make(),
+  ],
+)
+def test_a_failed_decomposition_is_seen(operator, monkeypatch):
+  base = jnp.asarray(with_values((2.0, 1.0), 4, 6), jnp.float32)
+  theta = operator.init(jax.random.key(0), base)
+  # One bad entry spoils every singular value, not only its own place.
+  for bad in (np.nan, np.inf):
+    assert np.isnan(operator.apply(theta, base.at[0, 0].set(bad))).all()
+
+  def failing(w_FD, full_matrices):
+    shapes = [(4, 4), (4,), (4, 6)]
+    return tuple(jnp.full(shape, jnp.nan) for shape in shapes)
+
+  monkeypatch.setattr(jnp.linalg, 'svd', failing)
+  assert np.isnan(operator.apply(theta, base)).all()

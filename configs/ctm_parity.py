@@ -1,0 +1,93 @@
+"""Can a Continuous Thought Machine with derived weights learn parity?
+
+Inputs are T bits; the answer is, at every position, the parity of all bits so
+far. Sequences are generated; training and held-out ones are disjoint by hash.
+The machine sees all bits at once and has to move its attention along them, so
+accuracy rises with ticks. The output weights of its neurons are derived,
+W2 = T(contract(W1)).
+
+  python train.py --config=configs/ctm_parity.py --workdir=runs/ctm_parity
+
+Variants, joined by commas: `smoke`, `bits16`, `published` (64 bits, 75 ticks,
+D 1024: for a GPU), and those of configs/derivations.py (`independent`, ...).
+"""
+
+from configs import derivations
+from recursive_weights import config as config_lib
+
+VARIANTS = ('smoke', 'bits16', 'published', *derivations.NAMES)
+
+
+def get_config(variant=None):
+  chosen = config_lib.variants(variant, VARIANTS)
+  config = config_lib.base()
+  config.task = {'name': 'parity', 'length': 12, 'eval_size': 2048}
+  config.model = {
+    'name': 'ctm',
+    'width': 128,
+    'input_width': 64,
+    'heads': 4,
+    'memory': 10,
+    'ticks': 15,
+    'nlm': {'hidden': 8, 'activation': 'glu', 'layers': 0, 'norm': False},
+    'synapse_depth': 1,
+    'pairing': 'random',
+    'sync_out': 16,
+    'sync_action': 16,
+    'self_pairs': 0,
+    'position': 'learned',
+    'dropout': 0.0,
+    'gate': False,
+    'remat': False,
+    'seed': 0,
+  }
+  config.objective.name = 'certainty'
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule.warmup_steps = 200
+  config.training.update(
+    steps=6000,
+    batch_size=64,
+    steps_per_dispatch=50,
+    ema_decay=0.995,
+    report_every=50,
+    evaluate_every=500,
+  )
+  config.checkpoint.update(every=1000, best='validation/accuracy')
+  config.evaluators.during = {'accuracy': {'splits': ('validation',)}}
+  config.evaluators.after = {
+    'accuracy': {'splits': ('validation', 'test')},
+    'depth_sweep': {'splits': ('test',)},
+  }
+  if 'bits16' in chosen:
+    config.task.length = 16
+    config.model.update(width=256, ticks=20)
+    config.training.steps = 20000
+  if 'published' in chosen:
+    config.task.length = 64
+    config.model.update(
+      width=1024,
+      input_width=512,
+      heads=8,
+      memory=25,
+      ticks=75,
+      sync_out=32,
+      sync_action=32,
+      position='rotation',
+    )
+    config.model.nlm.hidden = 16
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule.warmup_steps = 500
+    config.training.steps = 200_000
+  derivations.derive_w2(config, chosen, default='spectral_residual')
+  if 'smoke' in chosen:
+    config.task.update(length=6, eval_size=64)
+    config.model.update(width=32, input_width=16, ticks=3, memory=4)
+    config.model.update(sync_out=4, sync_action=4)
+    config.training.update(
+      steps=6, batch_size=16, steps_per_dispatch=2, report_every=2
+    )
+    config.training.evaluate_every = 4
+    config.checkpoint.every = 4
+    config.optimizer.schedule.warmup_steps = 2
+    del config.evaluators.after.depth_sweep
+  return config

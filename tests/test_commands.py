@@ -1,0 +1,336 @@
+"""train.py and eval.py as a user runs them: kills, devices, bad input."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = (
+  '--config=configs/ctm_parity.py:smoke',
+  '--config.training.steps=40',
+  '--config.training.report_every=1',
+  '--config.training.evaluate_every=10',
+  '--config.checkpoint.every=4',
+  '--config.evaluators.after.accuracy.splits=("validation",)',
+)
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+  """Compiled programs are shared between the processes of these tests."""
+  return str(tmp_path_factory.mktemp('compiled'))
+
+
+def environment(cache, devices=1):
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_COMPILATION_CACHE_DIR': cache,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+
+
+def start(cache, program, *arguments, devices=1):
+  return subprocess.Popen(
+    [sys.executable, program, *arguments],
+    cwd=ROOT,
+    env=environment(cache, devices),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def run(cache, program, *arguments, devices=1):
+  process = start(cache, program, *arguments, devices=devices)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def trained(workdir):
+  """Parameters, EMA and the rest of the newest checkpoint, by file."""
+  import orbax.checkpoint as ocp
+
+  steps = [int(p.name) for p in (workdir / 'checkpoints').iterdir()]
+  folder = workdir / 'checkpoints' / str(max(steps))
+  found = {}
+  with ocp.StandardCheckpointer() as reader:
+    for item in ('params', 'ema', 'rest'):
+      found[item] = reader.restore(folder / item)
+  return max(steps), found
+
+
+def same_bits(a, b):
+  import jax
+
+  return all(
+    np.array_equal(x, y)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
+
+
+def untimed(workdir):
+  return [
+    {k: v for k, v in json.loads(line).items() if not k.startswith('time/')}
+    for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+  ]
+
+
+@pytest.fixture(scope='session')
+def whole(cache, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  code, out, err = run(cache, 'train.py', *TINY, f'--workdir={workdir}')
+  assert code == 0, err
+  assert 'validation/accuracy' in out
+  return workdir
+
+
+def steps_reported(workdir):
+  path = workdir / 'metrics.jsonl'
+  return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_killed_ten_times_is_uninterrupted_to_the_bit(cache, whole, tmp_path):
+  """kill -9 at ten random points; every life has its own dispatch length."""
+  rng = random.Random(0)
+  points = sorted(rng.sample(range(1, 40), 10))
+  for life, point in enumerate(points):
+    process = start(
+      cache,
+      'train.py',
+      *TINY,
+      f'--workdir={tmp_path}',
+      f'--config.training.steps_per_dispatch={1 + life % 4}',
+    )
+    while steps_reported(tmp_path) < point and process.poll() is None:
+      time.sleep(0.002)
+    # Not at a line's end, but somewhere in what follows it.
+    time.sleep(rng.random() * 0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  code, _, err = run(cache, 'train.py', *TINY, f'--workdir={tmp_path}')
+  assert code == 0, err
+  step, state = trained(tmp_path)
+  expected_step, expected = trained(whole)
+  assert step == expected_step == 40
+  assert same_bits(state, expected)
+  assert untimed(tmp_path) == untimed(whole)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_where_it_is(cache, whole, tmp_path):
+  process = start(cache, 'train.py', *TINY, f'--workdir={tmp_path}')
+  while steps_reported(tmp_path) < 6:
+    assert process.poll() is None
+    time.sleep(0.002)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate()
+  assert process.returncode == 0
+  assert 'SIGTERM' in err or trained(tmp_path)[0] == 40
+  assert trained(tmp_path)[0] >= 6
+  run(cache, 'train.py', *TINY, f'--workdir={tmp_path}')
+  assert same_bits(trained(tmp_path)[1], trained(whole)[1])
+
+
+@pytest.mark.slow
+def test_eight_devices_one_device_and_every_strategy(cache, whole, tmp_path):
+  """8 devices under pmap -> 1 -> 8 under fsdp, within float32 rounding."""
+  lives = ((12, 8, 'pmap'), (24, 1, 'data'), (40, 8, 'fsdp'))
+  for steps, devices, strategy in lives:
+    code, _, err = run(
+      cache,
+      'train.py',
+      *TINY,
+      f'--workdir={tmp_path}',
+      f'--config.devices.strategy={strategy}',
+      f'--config.training.steps={steps}',
+      '--config.optimizer.schedule.name=constant',
+      devices=devices,
+    )
+    assert code == 0, err
+  reference = tmp_path / 'reference'
+  code, _, err = run(
+    cache,
+    'train.py',
+    *TINY,
+    f'--workdir={reference}',
+    '--config.optimizer.schedule.name=constant',
+  )
+  assert code == 0, err
+  import chex
+
+  chex.assert_trees_all_close(
+    trained(tmp_path)[1]['params'],
+    trained(reference)[1]['params'],
+    rtol=1e-3,
+    atol=1e-4,
+  )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(cache, whole, tmp_path):
+  port = random.Random(os.getpid()).randrange(20000, 40000)
+  processes = [
+    start(
+      cache,
+      'train.py',
+      *TINY,
+      f'--workdir={tmp_path}',
+      f'--coordinator_address=127.0.0.1:{port}',
+      '--num_processes=2',
+      f'--process_id={index}',
+    )
+    for index in range(2)
+  ]
+  for process in processes:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+  import chex
+
+  chex.assert_trees_all_close(
+    trained(tmp_path)[1]['params'],
+    trained(whole)[1]['params'],
+    rtol=1e-3,
+    atol=1e-4,
+  )
+  assert len(untimed(tmp_path)) == 40
+
+
+@pytest.mark.slow
+def test_evaluation_from_the_checkpoint_alone(cache, whole, tmp_path):
+  code, out, err = run(
+    cache,
+    'eval.py',
+    f'--workdir={whole}',
+    f'--output_dir={tmp_path}',
+    '--config.evaluators.after.accuracy.splits=("test",)',
+  )
+  assert code == 0, err
+  results = json.loads(out.splitlines()[-1])
+  assert 0 <= results['test/accuracy'] <= 1
+  assert json.loads((tmp_path / 'results.json').read_text()) == results
+
+
+BAD = {
+  'unknown field': (
+    ['--config=configs/ctm_digits.py', '--config.model.wdth=3'],
+    'config.model.wdth is no field',
+  ),
+  'wrong type': (
+    ['--config=configs/ctm_digits.py', '--config.training.steps=many'],
+    'config.training.steps must be int',
+  ),
+  'negative width': (
+    ['--config=configs/ctm_digits.py', '--config.model.width=-3'],
+    'width must be > 0, got -3',
+  ),
+  'several at once': (
+    [
+      '--config=configs/ctm_digits.py',
+      '--config.training.batch_size=0',
+      '--config.training.ema_decay=2.0',
+    ],
+    'training.batch_size must be > 0, got 0; training.ema_decay',
+  ),
+  'missing file': (['--config=configs/nothing.py'], 'no config file'),
+  'unknown variant': (
+    ['--config=configs/ctm_digits.py:big'],
+    'unknown variant',
+  ),
+  'unknown flag': (['--wrokdir=x'], 'wrokdir'),
+  'stray argument': (['configs/ctm_digits.py'], 'unexpected argument'),
+  'unknown operator': (
+    ['--config=configs/ctm_digits.py']
+    + ['--config.recursive.rules.w2.operator.name=fractal'],
+    "derivation.operators has no 'fractal'",
+  ),
+  'missing checkpoint': (
+    ['--config=configs/ctm_parity.py:smoke', '--config.init_from=nowhere'],
+    'is no folder',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_clear_message(cache, tmp_path, name):
+  arguments, message = BAD[name]
+  workdir = tmp_path / 'run'
+  code, out, err = run(cache, 'train.py', *arguments, f'--workdir={workdir}')
+  assert code == 2
+  assert out == ''
+  assert message in err.splitlines()[-1]
+  assert 'Traceback' not in err
+  assert not (workdir / 'metrics.jsonl').exists()
+
+
+@pytest.mark.slow
+def test_config_of_another_model_changes_nothing(cache, whole):
+  before = {p: p.stat().st_mtime_ns for p in whole.rglob('*')}
+  code, _, err = run(
+    cache, 'train.py', *TINY, f'--workdir={whole}', '--config.model.width=48'
+  )
+  assert code == 2
+  assert 'holds another experiment: model.width: 48 here' in err
+  assert {p: p.stat().st_mtime_ns for p in whole.rglob('*')} == before
+
+
+@pytest.mark.slow
+def test_nan_loss_stops_with_the_last_checkpoint_named(cache, tmp_path):
+  code, _, err = run(
+    cache,
+    'train.py',
+    *TINY,
+    f'--workdir={tmp_path}',
+    '--config.optimizer.learning_rate=1e30',
+    '--config.optimizer.clip_norm=0.0',
+  )
+  assert code == 3
+  assert 'last good checkpoint is' in err or 'no checkpoint yet' in err
+  assert 'Traceback' not in err
+
+
+def test_eval_wants_exactly_one_source(cache):
+  code, _, err = run(cache, 'eval.py')
+  assert code == 2 and 'exactly one of' in err
+  code, _, err = run(cache, 'eval.py', '--workdir=nowhere')
+  assert code == 2 and 'no folder' in err
+  code, _, err = run(cache, 'eval.py', '--pretrained=nothing')
+  assert code == 2 and 'no pretrained weights' in err
+
+
+def test_print_config_and_help(cache):
+  code, out, _ = run(
+    cache,
+    'train.py',
+    '--config=configs/ctm_digits.py:power',
+    '--print_config',
+    '--config.seed=7',
+  )
+  assert code == 0
+  config = json.loads(out)
+  assert config['seed'] == 7
+  assert config['recursive']['rules']['w2']['operator'] == {'name': 'power'}
+  code, out, _ = run(cache, 'train.py', '--help')
+  assert code == 0 and '--workdir' in out and 'absl' not in out
+
+
+def test_package_imports_fast():
+  """Under a second beyond jax itself; three tries, for a busy machine."""
+  program = (
+    'import time, jax; t = time.perf_counter(); import recursive_weights; '
+    'print(time.perf_counter() - t)'
+  )
+  times = [
+    float(subprocess.check_output([sys.executable, '-c', program], cwd=ROOT))
+    for _ in range(3)
+  ]
+  assert min(times) < 1.0

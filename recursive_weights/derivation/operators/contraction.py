@@ -70,7 +70,9 @@ def _sizes(base_shape, shape):
   if not base_shape:
     raise UserError('contraction needs a base with a leading axis')
   memory, slot = base_shape[0], math.prod(base_shape[1:])
-  rows, rest = (1, 0) if shape is None else divmod(math.prod(shape), slot)
+  if shape is None:
+    return 1, memory
+  rows, rest = divmod(math.prod(shape), slot)
   if rest or not rows:
     raise UserError(
       f'contraction from {tuple(base_shape)}: the size of shape'

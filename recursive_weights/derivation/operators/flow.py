@@ -53,6 +53,7 @@ def make(hidden: int = 16, steps: int = 4) -> Operator:
       stepsize_controller=diffrax.StepTo(jnp.linspace(0.0, 1.0, steps + 1)),
       max_steps=steps,
     )
+    assert solution.ys is not None  # the end time is saved by default
     return matrix.restore(solution.ys[0], base)
 
   return Operator(init, apply)

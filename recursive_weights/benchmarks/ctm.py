@@ -43,7 +43,9 @@ CASES = {
 }
 
 
-def build(case: str, ticks: int, dtype: str, remat: bool = False):
+def build(
+  case: str, ticks: int, dtype: str, *, remat: bool = False, unrolled: int = 1
+):
   """The spec and the model of a case."""
   size = CASES[case]
   spec = interfaces.Spec(
@@ -65,6 +67,7 @@ def build(case: str, ticks: int, dtype: str, remat: bool = False):
     sync_action=size['sync'],
     position='rotation',
     remat=remat,
+    unrolled=unrolled,
     dtype=dtype,
   )
   return spec, model
@@ -167,6 +170,12 @@ def main() -> None:
   parser.add_argument('--batch', type=int, nargs='+', default=[64])
   parser.add_argument('--dtype', nargs='+', default=['float32'])
   parser.add_argument('--repeats', type=int, default=10)
+  parser.add_argument(
+    '--unrolled',
+    type=int,
+    default=1 if jax.default_backend() == 'cpu' else 5,
+    help='ticks in one body of the compiled loop',
+  )
   parser.add_argument('--remat', action='store_true')
   parser.add_argument(
     '--peak_tflops', type=float, default=0.0, help='of the device, 0: unknown'
@@ -176,13 +185,16 @@ def main() -> None:
     for ticks in flags.ticks:
       for batch in flags.batch:
         for dtype in flags.dtype:
-          spec, model = build(case, ticks, dtype, flags.remat)
+          spec, model = build(
+            case, ticks, dtype, remat=flags.remat, unrolled=flags.unrolled
+          )
           flops = published_flops(case, ticks, batch)
           line = {
             'case': case,
             'ticks': ticks,
             'batch': batch,
             'dtype': dtype,
+            'unrolled': flags.unrolled,
             'device': jax.devices()[0].device_kind,
             'jax': jax.__version__,
             **measure(model, spec, batch=batch, repeats=flags.repeats),

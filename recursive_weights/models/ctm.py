@@ -48,6 +48,7 @@ def make(
   dropout: float = 0.0,
   gate: bool = False,
   remat: bool = False,
+  unrolled: int = 1,
   dtype: Any = 'float32',
   seed: int = 0,
 ) -> Model:
@@ -95,6 +96,8 @@ def make(
     gate: adaptive gate on histories (one gate per slot); without it no part
       of it is in the program.
     remat: keep only states for the backward pass: less memory, more time.
+    unrolled: ticks in one body of the compiled loop: 5 is a sixth faster on an
+      H100, 1 is faster on CPUs.
     dtype: of the computation. Synchronisation, softmax, norms and certainty
       are float32.
     seed: of the choice of neurons to pair, which is no parameter.
@@ -241,6 +244,7 @@ def make(
       ticks,
       key=key if train and dropout else None,
       remat=remat,
+      unrolled=unrolled,
       keep=('activation',) if train else None,
     )
     # The answer feeds nothing back, so it is read off all ticks together.
@@ -310,6 +314,7 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
     'memory',
     'ticks',
     'synapse_depth',
+    'unrolled',
   )
   for name in positive:
     if given[name] < 1:

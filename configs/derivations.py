@@ -35,6 +35,7 @@ NAMES = (
   'frozen',  # W2 random, never trained
   *OPERATORS,
   'linear_contraction',  # weights of any sign in place of a softmax
+  'mean_contraction',  # the document's, not normalised: W2 starts small
   *RANKS,  # of the operator
   *ALPHAS,  # at the start, of spectral_residual
 )
@@ -64,12 +65,15 @@ def derive_w2(
     fields['rank'] = RANKS[variant]
   for variant in sorted(chosen & set(ALPHAS)):
     fields['alpha'] = ALPHAS[variant]
-  kind = 'linear' if 'linear_contraction' in chosen else 'softmax'
+  contraction = {
+    'kind': 'linear' if 'linear_contraction' in chosen else 'softmax',
+    'normalised': 'mean_contraction' not in chosen,
+  }
   config.recursive.rules = {
     'w2': {
       'source': 'nlm/w1',
       'target': 'nlm/w2',
-      'contraction': kind,
+      'contraction': dict(contraction),
       'operator': fields,
       'iterate': False,
     }
@@ -79,7 +83,7 @@ def derive_w2(
     config.recursive.rules['hidden'] = {
       'source': 'nlm/w1',
       'target': 'nlm/hidden',
-      'contraction': kind,
+      'contraction': dict(contraction),
       'operator': dict(fields),
       'iterate': True,
     }

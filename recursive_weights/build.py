@@ -174,8 +174,8 @@ def build_rule(name: str, fields: dict[str, Any], paths: dict[str, Any]):
     length, *rest = shape
     shape = tuple(rest)
   parts = []
-  if fields['contraction']:
-    contraction = {'name': 'contraction', 'kind': fields['contraction']}
+  if fields['contraction']['kind']:
+    contraction = {'name': 'contraction'} | fields['contraction']
     parts.append(make('derivation.operators', contraction, shape=shape))
   if fields['operator']['name']:
     operator = make('derivation.operators', fields['operator'])

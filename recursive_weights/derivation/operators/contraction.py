@@ -13,7 +13,9 @@ Kind = Literal['softmax', 'linear']
 
 
 def make(
-  kind: Kind = 'softmax', shape: tuple[int, ...] | None = None
+  kind: Kind = 'softmax',
+  shape: tuple[int, ...] | None = None,
+  normalised: bool = False,
 ) -> Operator:
   """`W2[i] = Σ_m A[i, m] W1[m]`, for a base `[M, ...]`.
 
@@ -24,9 +26,12 @@ def make(
       multiple n of the size of one slot; A has n rows, and the sums are
       reshaped. From `[M, F, D]`: `[O, H, D]` with O H = F takes one row,
       `[H, F, D]` takes H rows.
+    normalised: divide each row of A by its Euclidean norm. A mean of M
+      independent slots has 1 / sqrt(M) of their deviation, which starts a
+      derived weight too small to learn; a row of norm 1 keeps theirs.
 
   Parameters: n M.
-  Start: one row: the mean over M. More rows: row i is half the mean and half
+  Start: one row: the mean over M (times sqrt(M), normalised). More rows: row i is half the mean and half
     the base interpolated at slot `i (M - 1) / (n - 1)`, so that no two rows
     learn the same (needs M > 1).
   Cost: O(n size(base)). Does not depend on the widths of the slots.
@@ -49,21 +54,24 @@ def make(
       a_OM = jax.nn.softmax(theta['logits'], axis=-1)
     else:
       a_OM = theta['weights']
-    return _contract(a_OM, base, shape)
+    return _contract(a_OM, base, shape, normalised)
 
   return Operator(init, apply)
 
 
-def count(base_shape, kind: Kind = 'softmax', shape=None) -> int:
+def count(
+  base_shape, kind: Kind = 'softmax', shape=None, normalised=False
+) -> int:
   """`n M`."""
-  del kind
+  del kind, normalised
   return math.prod(_sizes(base_shape, shape))
 
 
-def start(base, kind: Kind = 'softmax', shape=None):
+def start(base, kind: Kind = 'softmax', shape=None, normalised=False):
   """The mean over M (one row), or mean and interpolation in equal parts."""
   del kind
-  return _contract(_start(*_sizes(base.shape, shape)), base, shape)
+  a_OM = _start(*_sizes(base.shape, shape))
+  return _contract(a_OM, base, shape, normalised)
 
 
 def _sizes(base_shape, shape):
@@ -96,7 +104,9 @@ def _start(rows, memory):
   return (mean_OM + jnp.maximum(0, 1 - jnp.abs(slot_1M - place_O1))) / 2
 
 
-def _contract(a_OM, base, shape):
+def _contract(a_OM, base, shape, normalised):
+  if normalised:
+    a_OM = a_OM / jnp.sqrt((a_OM**2).sum(-1, keepdims=True) + 1e-12)
   slots = base.reshape(base.shape[0], -1)
   slots = slots.astype(jnp.promote_types(base.dtype, jnp.float32))
   derived = matrix.matmul(a_OM, slots).astype(base.dtype)

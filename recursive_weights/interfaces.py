@@ -29,10 +29,13 @@ class Operator(NamedTuple):
   init: `(key, base) -> theta`, parameters of T for a base of this shape.
   apply: `(theta, base) -> derived`. `base` is an array or a tree of arrays;
     `jax.eval_shape` tells the derived shape.
+  parts: of a chain, its operators in order, whose parameters are `theta['0']`,
+    `theta['1']`, ...; else ().
   """
 
   init: Callable[[Array, Tree], Tree]
   apply: Callable[[Tree, Tree], Tree]
+  parts: tuple['Operator', ...] = ()
 
 
 class Recursion(NamedTuple):
@@ -73,12 +76,15 @@ class Model(NamedTuple):
   recursion: the cell behind `apply` where the model is a recursion over depth,
     so that evaluators can run it step by step; else None. It takes the same
     `params` as `apply`.
+  rules: the `derivation.tree.Rule`s by which weights derive from the stored
+    ones in `params`; () where none do.
   """
 
   init: Callable[[Array, Any], Tree]
   carry: Callable[[Tree, int], Tree]
   apply: Callable[..., tuple[dict, Tree]]
   recursion: Recursion | None = None
+  rules: tuple = ()
 
 
 class Spec(NamedTuple):
@@ -114,12 +120,16 @@ class Task(NamedTuple):
   augment: `(key, batch) -> batch`, traced inside the training step.
   loss: `(answer, batch) -> (loss_B, metrics_B)`: judges one answer per example
     (logits `[B, *answer, V]`) in float32.
+  picture: `example -> image`, how a person sees one row of a batch: `[h, w]`,
+    larger values more ink, or `[h, w, 3]`, colours in [0, 1]. The T inputs lie
+    on it in reading order of a grid of its proportions. None where they do not.
   """
 
   spec: Spec
   batch: Callable[[str, int, int], dict[str, np.ndarray]]
   augment: Callable[[Array, Batch], Batch]
   loss: Callable[[Array, Batch], tuple[Array, Metrics]]
+  picture: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
 
 
 class Objective(NamedTuple):

@@ -27,7 +27,7 @@ def chain(*operators: Operator) -> Operator:
       base = operator.apply(theta[str(i)], base)
     return base
 
-  return Operator(init, apply)
+  return Operator(init, apply, parts=operators)
 
 
 def blend(a: Operator, b: Operator, alpha: float = 0.7) -> Operator:

@@ -83,6 +83,7 @@ def make(
     batch=batch,
     augment=augment,
     loss=_loss,
+    picture=lambda example: pixels(example['inputs'][None], patch)[0],
   )
 
 

@@ -14,6 +14,7 @@ import optax
 
 from recursive_weights import interfaces
 from recursive_weights.interfaces import UserError
+from recursive_weights.plots.attention import maze_picture
 from recursive_weights.tasks import _mazes, _splits
 from recursive_weights.tasks._mazes import GOAL, START, STAY, WALL
 
@@ -143,6 +144,7 @@ def make(
     batch=batch,
     augment=augment,
     loss=functools.partial(_loss, size, lookahead),
+    picture=lambda example: maze_picture(example['inputs']),
   )
 
 

@@ -88,6 +88,7 @@ def make(
     batch=batch,
     augment=lambda key, batch: batch,
     loss=_loss,
+    picture=lambda example: example['inputs'][None, :],
   )
 
 

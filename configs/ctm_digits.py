@@ -22,7 +22,7 @@ VARIANTS = ('smoke', 'document', 'deep', *derivations.NAMES)
 def get_config(variant=None):
   chosen = config_lib.variants(variant, VARIANTS)
   config = config_lib.base()
-  config.task = {'name': 'digits', 'patch': 2, 'max_shift': 1}
+  config.task = {'name': 'digits', 'patch': 4, 'max_shift': 1}
   config.model = {
     'name': 'ctm',
     'width': 128,
@@ -36,7 +36,7 @@ def get_config(variant=None):
     'sync_out': 64,
     'sync_action': 64,
     'self_pairs': 8,
-    'dropout': 0.0,
+    'dropout': 0.1,
     'gate': False,
     'remat': False,
     'seed': 0,
@@ -44,9 +44,9 @@ def get_config(variant=None):
   config.objective.name = 'certainty'
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule.warmup_steps = 100
-  config.optimizer.groups.all.weight_decay = 0.01
+  config.optimizer.groups.all.weight_decay = 0.1
   config.training.update(
-    steps=3000,
+    steps=5000,
     batch_size=64,
     steps_per_dispatch=25,
     ema_decay=0.995,
@@ -58,6 +58,7 @@ def get_config(variant=None):
   config.evaluators.after = {
     'accuracy': {'splits': ('validation', 'test')},
     'depth_sweep': {'splits': ('test',)},
+    'pictures': {},
   }
   if 'document' in chosen:
     config.model.memory = 15

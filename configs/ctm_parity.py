@@ -57,6 +57,7 @@ def get_config(variant=None):
   config.evaluators.after = {
     'accuracy': {'splits': ('validation', 'test')},
     'depth_sweep': {'splits': ('test',)},
+    'pictures': {},
   }
   if 'bits16' in chosen:
     config.task.length = 16
@@ -90,4 +91,5 @@ def get_config(variant=None):
     config.checkpoint.every = 4
     config.optimizer.schedule.warmup_steps = 2
     del config.evaluators.after.depth_sweep
+    del config.evaluators.after.pictures
   return config

@@ -27,7 +27,7 @@ class Placement(NamedTuple):
   scatter: `plain state -> placed state`.
   gather: `placed state -> plain state`, sharded as `shardings` says.
   batches: `NumPy tree of [K, B, ...] -> device arrays`.
-  compile: `make_step(axis) -> dispatch(state, batches, count, alive)` with a
+  compile: `make_step(axis) -> dispatch(state, batches, first, count)` with a
     donated state; `make_step` is called with the mapped axis' name or None.
   """
 
@@ -125,10 +125,10 @@ def make(
   def compile_mesh(make_step):
     dispatch = make_dispatch(make_step(None))
 
-    def constrained(state, batches, count, alive):
+    def constrained(state, batches, first, count):
       placed = shardings(state)
-      state, metrics, alive = dispatch(state, batches, count, alive)
-      return jax.lax.with_sharding_constraint(state, placed), metrics, alive
+      state, metrics = dispatch(state, batches, first, count)
+      return jax.lax.with_sharding_constraint(state, placed), metrics
 
     return jax.jit(constrained, donate_argnums=0)
 
@@ -191,9 +191,9 @@ def make(
       donate_argnums=0,
     )
 
-    def dispatch(state, batches, count, alive):
-      state, metrics, alive = mapped(state, batches, count, alive)
-      return state, jax.tree.map(lambda m: m[0], metrics), alive[0]
+    def dispatch(state, batches, first, count):
+      state, metrics = mapped(state, batches, first, count)
+      return state, jax.tree.map(lambda m: m[0], metrics)
 
     return dispatch
 

@@ -113,7 +113,6 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
 
     dispatch = placement.compile(_step_by_seed(experiment, seeds))
     state = placement.scatter(state)
-    alive = np.bool_(True)
     intervals = [
       train['report_every'],
       train['evaluate_every'],
@@ -140,8 +139,8 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
         count, batches = next(ahead)
       except StopIteration:
         break
-      state, found, alive = dispatch(
-        state, placement.batches(batches), np.int32(count), alive
+      state, found = dispatch(
+        state, placement.batches(batches), np.int32(step), np.int32(count)
       )
       step += count
       if previous is not None:

@@ -174,32 +174,33 @@ def make_step(
 
 
 def make_dispatch(step: Callable) -> Callable:
-  """`dispatch(state, batches, count, alive) -> (state, metrics, alive)`.
+  """`dispatch(state, batches, first, count) -> (state, metrics)`.
 
-  Runs `count` steps on the first rows of `batches` ([K, ...] leaves) in one
-  program. A step whose loss or gradient is not finite ends this and, through
-  `alive`, every later dispatch. `metrics` has a leading axis K; rows from
-  `count` on are 0.
+  Runs `count` steps, the first of them number `first`, on the first rows of
+  `batches` ([K, ...] leaves) in one program. A step whose loss or gradient is
+  not finite does not advance the state; it ends this dispatch, and later ones
+  do nothing, since they find the state at another step than their first.
+  `metrics` has a leading axis K; rows that were not run are 0.
 
   The trip count is an argument and the step stands behind barriers, so XLA
   compiles the same loop body for every K: results do not depend, to the bit,
   on how many steps a dispatch takes.
   """
 
-  def dispatch(state, batches, count, alive):
-    first = jax.tree.map(lambda x: x[0], batches)
-    shapes = jax.eval_shape(step, state, first)[1]
+  def dispatch(state, batches, first, count):
+    row = jax.tree.map(lambda x: x[0], batches)
+    shapes = jax.eval_shape(step, state, row)[1]
     length = jax.tree.leaves(batches)[0].shape[0]
     empty = jax.tree.map(
       lambda s: jnp.zeros((length, *s.shape), s.dtype), shapes
     )
 
     def running(loop):
-      index, _, _, alive = loop
-      return alive & (index < count)
+      index, state, _ = loop
+      return (index < count) & (state.step == first + index).all()
 
     def body(loop):
-      index, state, buffer, _ = loop
+      index, state, buffer = loop
       batch = jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False),
         batches,
@@ -211,11 +212,11 @@ def make_dispatch(step: Callable) -> Callable:
         buffer,
         metrics,
       )
-      return index + 1, state, buffer, (metrics['finite'] > 0).all()
+      return index + 1, state, buffer
 
-    _, state, buffer, alive = jax.lax.while_loop(
-      running, body, (jnp.int32(0), state, empty, alive)
+    _, state, buffer = jax.lax.while_loop(
+      running, body, (jnp.int32(0), state, empty)
     )
-    return state, buffer, alive
+    return state, buffer
 
   return dispatch

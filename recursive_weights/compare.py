@@ -1,0 +1,159 @@
+r"""Trains variants of one config and compares them in one table.
+
+  python -m recursive_weights.compare --config=configs/ctm_digits.py \
+      --variants='independent;shared;spectral_residual' --num_seeds=3 \
+      --workdir=runs/compare [--config.field=value ...]
+
+The first variant is the baseline. Seeds of a variant train in one program.
+Every variant has its folder in the workdir; finished ones are not trained
+again. Writes `table.md`, `table.json` and `plots/curves.png`.
+"""
+
+import json
+import logging
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from recursive_weights import command
+
+_log = logging.getLogger(__name__)
+
+_CONFIG = flags.DEFINE_string('config', None, 'configs/NAME.py')
+_VARIANTS = flags.DEFINE_string(
+  'variants', None, "variants, the baseline first: 'independent;power,rank4'"
+)
+_SEEDS = flags.DEFINE_integer('num_seeds', 3, 'seeds of each variant')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of all runs')
+
+
+def main(overrides):
+  from recursive_weights import interfaces
+
+  for name, value in (
+    ('config', _CONFIG.value),
+    ('variants', _VARIANTS.value),
+    ('workdir', _WORKDIR.value),
+  ):
+    if not value:
+      raise interfaces.UserError(f'give --{name}')
+  folder = pathlib.Path(_WORKDIR.value)
+  overrides = [*overrides, f'--config.num_seeds={_SEEDS.value}']
+  variants = [v.strip() for v in _VARIANTS.value.split(';') if v.strip()]
+  rows = [train(_CONFIG.value, v, overrides, folder) for v in variants]
+  for row in rows:
+    row |= against(row, rows[0])
+  (folder / 'table.json').write_text(json.dumps(rows, indent=1) + '\n')
+  text = table(rows)
+  (folder / 'table.md').write_text(text)
+  picture(variants, folder)
+  print(text)
+  print(json.dumps({r['variant']: r['final_loss'] for r in rows}))
+
+
+def train(path: str, variant: str, overrides: list[str], folder) -> dict:
+  """Trains one variant (or finds it trained) and measures it."""
+  from recursive_weights import build, config
+  from recursive_weights.evaluators import compression
+  from recursive_weights.training import loop, metrics
+
+  fields = command.override(
+    command.read_config_file(f'{path}:{variant}'), overrides
+  )
+  data = config.to_data(fields)
+  workdir = folder / variant.replace(',', '-')
+  _log.info('%s', variant)
+  results = loop.run(build.build(data, str(workdir)), str(workdir))
+  history = metrics.read(workdir / 'metrics.jsonl')
+  steps_N = np.array([x['step'] for x in history if 'train/loss' in x])
+  curve_EN = compression.curves(history, 'train/loss')
+  task = build.build_task(data, data['seed'])
+  model = build.build_model(data, task)
+  size = data['training']['batch_size']
+  params = model.init(jax.random.key(0), build.example(task, size))
+  inputs = jax.numpy.asarray(task.batch('train', 0, size)['inputs'])
+  return {
+    'variant': variant,
+    'parameters': compression.parameters(params),
+    'final_loss': mean_std(compression.final(curve_EN)),
+    'steps_to_90': mean_std(compression.steps_to(steps_N, curve_EN)),
+    'latency_ms': compression.latency(model, params, inputs),
+    'results': {k: v for k, v in results.items() if '@' not in k},
+    'final_loss_by_seed': compression.final(curve_EN).tolist(),
+  }
+
+
+def mean_std(values) -> tuple[float, float]:
+  """Mean and sample standard deviation (0 for one value)."""
+  spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+  return float(np.mean(values)), spread
+
+
+def against(row: dict, baseline: dict) -> dict:
+  """A row's measures relative to the baseline's, in per cent.
+
+  The loss gap is paired by seed: members share their seed's data order.
+  """
+  ours = np.array(row['final_loss_by_seed'])
+  theirs = np.array(baseline['final_loss_by_seed'])
+
+  def percent(name, value):
+    return 100 * (value(row[name]) / value(baseline[name]) - 1)
+
+  return {
+    'parameters_%': percent('parameters', float),
+    'loss_gap_%': mean_std(100 * (ours / theirs - 1)),
+    'steps_to_90_%': percent('steps_to_90', lambda x: x[0]),
+    'latency_%': percent('latency_ms', float),
+  }
+
+
+def table(rows: list[dict]) -> str:
+  """The comparison as a Markdown table."""
+  splits = [
+    name
+    for name in rows[0]['results']
+    if f'{name}/std' in rows[0]['results'] and name.startswith('test/')
+  ] or [n for n in rows[0]['results'] if n.startswith('test/')]
+  head = ['variant', 'parameters', 'vs first']
+  head += ['final train loss', 'loss gap', 'steps to 90 %', 'forward ms']
+  head += splits
+  lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+  for row in rows:
+    results = row['results']
+    cells = [
+      row['variant'],
+      f'{row["parameters"]:,}',
+      f'{row["parameters_%"]:+.1f} %',
+      '{:.4f} ± {:.4f}'.format(*row['final_loss']),
+      '{:+.0f} ± {:.0f} %'.format(*row['loss_gap_%']),
+      '{:.0f} ± {:.0f}'.format(*row['steps_to_90']),
+      f'{row["latency_ms"]:.2f} ({row["latency_%"]:+.0f} %)',
+    ]
+    for name in splits:
+      spread = results.get(f'{name}/std')
+      cells.append(
+        f'{results[name]:.4f}' + ('' if spread is None else f' ± {spread:.4f}')
+      )
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n'
+
+
+def picture(variants: list[str], folder: pathlib.Path) -> None:
+  """Training curves of all variants, where matplotlib is installed."""
+  from recursive_weights.interfaces import UserError
+  from recursive_weights.plots import curves
+
+  runs = {v: [folder / v.replace(',', '-') / 'metrics.jsonl'] for v in variants}
+  path = folder / 'plots' / 'curves.png'
+  path.parent.mkdir(exist_ok=True)
+  try:
+    curves.curves(path, runs, metrics=('train/loss',), log=('train/loss',))
+  except UserError as error:
+    _log.info('no picture: %s', error)
+
+
+if __name__ == '__main__':
+  command.run(main, __doc__)

@@ -1,4 +1,4 @@
-"""Where a recursion looks, step by step, on a scan or a maze."""
+"""Where a recursion looks, step by step: on a scan, a maze or a tape."""
 
 import math
 import pathlib
@@ -11,6 +11,9 @@ from recursive_weights.plots import _figure
 _MAZE_COLOURS = np.array(
   [[0.20, 0.22, 0.27], [1, 1, 1], [0.0, 0.45, 0.70], [0.0, 0.62, 0.45]]
 )
+_LOOK = _figure.COLOURS[1]
+_NEUTRAL = '#444444'
+_VERDICT = ('#AA3377', '#00805C')  # wrong, right
 
 
 def maze_picture(tokens) -> np.ndarray:
@@ -26,8 +29,9 @@ def strip(
   *,
   predictions=None,
   certainty_S=None,
+  right=None,
   steps: tuple[int, ...] = (),
-  columns: int = 5,
+  columns: int | None = None,
   title: str = 'Attention by step',
 ) -> pathlib.Path:
   """Writes one panel a step as a PNG: image, attention over it, answer.
@@ -35,14 +39,19 @@ def strip(
   Args:
     path: file to write.
     image: `[h, w]`, larger values more ink, or `[h, w, 3]`, colours in [0, 1].
+      One more than four times as wide as high is a tape: its panels lie below
+      one another.
     attention_SHT: attention `[S, H, T]` over T tokens in reading order of a
       grid with the proportions of the image; averaged over heads. All panels
       share one colour scale.
     predictions: S texts or numbers, the answer after each step.
-    certainty_S: certainty of each step, in [0, 1].
-    steps: steps to show, counted from 1; `()` for `2 * columns` at even
-      distances, the first and the last among them.
-    columns: panels in a row.
+    certainty_S: certainty of each step, in [0, 1], also the length of a bar
+      under the panel.
+    right: whether the answers are right. `[S]`, one answer: the caption says
+      so. `[S, T]`, one a token: a row of marks under a tape.
+    steps: steps to show, counted from 1; `()` for ten at even distances, the
+      first and the last among them.
+    columns: panels in a row; None for 5, or 1 for a tape.
     title: title of the picture.
 
   Returns:
@@ -52,24 +61,30 @@ def strip(
   maps_SHW = _maps(image, attention_SHT)
   last = len(maps_SHW)
   if not steps:
-    shown = min(2 * columns, last)
-    steps = tuple(np.linspace(1, last, shown).round().astype(int))
-  columns = min(columns, len(steps))
+    steps = tuple(np.linspace(1, last, min(10, last)).round().astype(int))
+  tape = _is_tape(image)
+  columns = min(columns or (1 if tape else 5), len(steps))
   rows = -(-len(steps) // columns)
   highest = max(maps_SHW[step - 1].max() for step in steps)
 
   with _figure.style():
-    figure = _figure.new(1.75 * columns + 0.9, 2.1 * rows + 0.5)
+    size = (6.4, 0.55) if tape else (1.75, 2.2)
+    figure = _figure.new(size[0] * columns + 1.1, size[1] * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.ravel()[len(steps) :]:
       axis.axis('off')
     for axis, step in zip(axes.flat, steps, strict=False):
-      overlay = _panel(axis, image, maps_SHW[step - 1], highest)
-      axis.set_title(_caption(step, predictions, certainty_S))
-    bar = figure.colorbar(overlay, ax=axes, shrink=0.8)
+      scale = _panel(axis, image, maps_SHW[step - 1], highest)
+      _describe(axis, step, predictions, certainty_S, right, tape)
+    bar = figure.colorbar(scale, ax=axes, shrink=0.8)
     bar.set_label('attention, mean over heads')
     bar.outline.set_visible(False)
     figure.suptitle(title)
+    if right is not None and np.ndim(right) == 2:
+      figure.supxlabel(
+        'under each tape: green where the answer is right, purple where wrong',
+        fontsize=8,
+      )
     return _figure.save(figure, path)
 
 
@@ -80,6 +95,7 @@ def film(
   *,
   predictions=None,
   certainty_S=None,
+  right=None,
   frames_per_second: float = 5.0,
   title: str = 'Attention by step',
 ) -> pathlib.Path:
@@ -96,7 +112,7 @@ def film(
     frames = []
     for step in range(1, len(maps_SHW) + 1):
       figure = _film_frame(
-        image, maps_SHW, step, predictions, certainty_S, title
+        image, maps_SHW, step, predictions, certainty_S, right, title
       )
       frames.append(Image.fromarray(_raster(figure)))
   path = pathlib.Path(path)
@@ -112,13 +128,16 @@ def film(
   return path
 
 
-def _film_frame(image, maps_SHW, step, predictions, certainty_S, title):
+def _film_frame(image, maps_SHW, step, predictions, certainty_S, right, title):
+  tape = _is_tape(image)
+  width, height = (5.6, 1.4) if tape else (3.4, 3.9)
   if certainty_S is None:
-    figure = _figure.new(3.4, 3.8)
+    figure = _figure.new(width, height)
     axis = figure.subplots()
   else:
-    figure = _figure.new(3.4, 4.8)
-    axis, below = figure.subplots(2, 1, height_ratios=(4, 1))
+    figure = _figure.new(width, height + 1.1)
+    shares = (1, 2) if tape else (4, 1)
+    axis, below = figure.subplots(2, 1, height_ratios=shares)
     seen = np.arange(1, step + 1)
     below.plot(seen, certainty_S[:step])
     below.plot(step, certainty_S[step - 1], 'o', color=_figure.COLOURS[0])
@@ -128,8 +147,9 @@ def _film_frame(image, maps_SHW, step, predictions, certainty_S, title):
       xlabel='step',
       ylabel='certainty',
     )
+    below.xaxis.get_major_locator().set_params(integer=True)
   _panel(axis, image, maps_SHW[step - 1], maps_SHW.max())
-  axis.set_title(_caption(step, predictions, certainty_S))
+  _describe(axis, step, predictions, None, right, tape, above=True)
   figure.suptitle(title)
   return figure
 
@@ -141,6 +161,10 @@ def _raster(figure):
   canvas = FigureCanvasAgg(figure)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _is_tape(image):
+  return image.shape[1] > 4 * image.shape[0]
 
 
 def _maps(image, attention_SHT):
@@ -158,36 +182,82 @@ def _maps(image, attention_SHT):
 
 
 def _panel(axis, image, map_HW, highest):
-  """Draws the image as faint ink on paper and the attention over it."""
-  from matplotlib.colors import LinearSegmentedColormap, to_rgb
+  """Draws the image as ink on paper, tinted where it is looked at.
+
+  Colours multiply, so that neither hides the other. Returns the tint's scale.
+  """
+  from matplotlib.cm import ScalarMappable
+  from matplotlib.colors import LinearSegmentedColormap, Normalize
 
   if image.ndim == 2:
     ink_HW = (image - image.min()) / (np.ptp(image) or 1)
     image = np.repeat(1 - ink_HW[:, :, None], 3, axis=2)
-  extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
-  axis.set(xticks=[], yticks=[])
-  axis.spines[:].set(visible=True, color='#bbbbbb')
-  axis.imshow(1 - 0.65 * (1 - image), extent=extent)
-  # Only opacity tells how much: what is not looked at stays as it is, and the
-  # colour bar on white paper shows the colours of the panels.
-  colour = to_rgb(_figure.COLOURS[1])
-  shades = LinearSegmentedColormap.from_list(
-    'attention', [(*colour, 0.0), (*colour, 0.9)]
+  scale = ScalarMappable(
+    Normalize(0, highest), LinearSegmentedColormap.from_list('', ['w', _LOOK])
   )
-  return axis.imshow(
-    map_HW,
-    cmap=shades,
-    vmin=0,
-    vmax=highest,
-    extent=extent,
+  shape = np.lcm(image.shape[:2], map_HW.shape)
+  tint = _enlarge(scale.to_rgba(map_HW)[..., :3], shape)
+  axis.set(xticks=[], yticks=[])
+  axis.grid(False)
+  axis.spines[:].set(visible=True, color='#bbbbbb')
+  axis.imshow(
+    (1 - 0.5 * (1 - _enlarge(image, shape))) * tint,
+    extent=(-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5),
+    aspect='auto' if _is_tape(image) else 'equal',
     interpolation='nearest',
   )
+  if _is_tape(image):
+    edges = np.arange(1, image.shape[1]) - 0.5
+    axis.vlines(edges, -0.5, image.shape[0] - 0.5, color='#bbbbbb', lw=0.5)
+  return scale
 
 
-def _caption(step, predictions, certainty_S):
-  lines = [f'step {step}']
+def _enlarge(image, shape):
+  """Each pixel `[h, w, 3]` as a block of those of `shape`, its multiple."""
+  tall, wide = np.asarray(shape) // image.shape[:2]
+  return image.repeat(tall, axis=0).repeat(wide, axis=1)
+
+
+def _describe(axis, step, predictions, certainty_S, right, tape, above=None):
+  """Says beside a panel what is thought at this step, and how surely."""
+  text, colour = f'step {step}', _NEUTRAL
   if predictions is not None:
-    lines[0] += f': {predictions[step - 1]}'
+    text += f': {predictions[step - 1]}'
+  if right is not None:
+    verdict = np.asarray(right)[step - 1]
+    if verdict.ndim:
+      _marks(axis, verdict)
+    else:
+      text += ' ✓' if verdict else ' ✗'
+      colour = _VERDICT[int(verdict)]
   if certainty_S is not None:
-    lines.append(f'certainty {float(certainty_S[step - 1]):.2f}')
-  return '\n'.join(lines)
+    certainty = float(certainty_S[step - 1])
+    text += f'\ncertainty {certainty:.2f}'
+    left, width, low = (-0.19, 0.18, -0.1) if tape else (0.0, 1.0, -0.05)
+    for share, shade in ((1.0, '#dddddd'), (certainty, _figure.COLOURS[0])):
+      axis.plot(
+        (left, left + share * width), (low, low), transform=axis.transAxes,
+        clip_on=False, lw=3, solid_capstyle='butt', color=shade,
+      )  # fmt: skip
+  if tape and not above:
+    axis.set_ylabel(text, rotation=0, ha='right', va='center', color=colour)
+  else:
+    axis.set_title(text, color=colour)
+
+
+def _marks(axis, right_T):
+  """A row of cells under a tape, one a token: right or wrong."""
+  from matplotlib.colors import ListedColormap
+
+  left, end = axis.get_xlim()
+  low = max(axis.get_ylim())
+  axis.imshow(
+    np.asarray(right_T, float)[None, :],
+    cmap=ListedColormap(_VERDICT),
+    vmin=0,
+    vmax=1,
+    extent=(left, end, low + 0.35, low + 0.05),
+    aspect='auto',
+    interpolation='nearest',
+  )
+  axis.set_ylim(low + 0.35, -0.5)

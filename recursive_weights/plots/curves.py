@@ -1,5 +1,6 @@
 """Training curves of several runs, seeds of one kind taken together."""
 
+import contextlib
 import json
 import pathlib
 
@@ -12,33 +13,43 @@ from recursive_weights.plots import _figure
 def read(path, metric: str) -> tuple[np.ndarray, np.ndarray]:
   """Steps and values of one metric from a `metrics.jsonl`.
 
-  Lines without the metric are left out; a line broken off at the end of a
-  killed run too. Of equal steps the last one counts.
+  Lines without the metric, or where it was not finite (null), are left out; a
+  line broken off at the end of a killed run too. Of equal steps the last one
+  counts.
 
   Raises:
     UserError: the file is missing or no line has the metric.
   """
+  values = {
+    report['step']: float(report[metric])
+    for report in _reports(path)
+    if report.get(metric) is not None
+  }
+  if not values:
+    raise UserError(
+      f'metric must be one of {names(path)} in {path}, got {metric!r}'
+    )
+  steps = sorted(values)
+  return np.array(steps), np.array([values[step] for step in steps])
+
+
+def names(path) -> list[str]:
+  """The metrics in a `metrics.jsonl`. Errors as for `read`."""
+  found = set().union(*(report.keys() for report in _reports(path)))
+  return sorted(found - {'step'})
+
+
+def _reports(path):
   path = pathlib.Path(path)
   try:
     lines = path.read_text().splitlines()
   except OSError as error:
     raise UserError(f'no metrics at {path}: {error.strerror}') from error
-  values, names = {}, set()
+  reports = []
   for line in lines:
-    try:
-      report = json.loads(line)
-    except json.JSONDecodeError:
-      continue
-    names |= report.keys()
-    if metric in report:
-      values[report['step']] = float(report[metric])
-  if not values:
-    raise UserError(
-      f'metric must be one of {sorted(names - {"step"})} in {path}, '
-      f'got {metric!r}'
-    )
-  steps = sorted(values)
-  return np.array(steps), np.array([values[step] for step in steps])
+    with contextlib.suppress(json.JSONDecodeError):
+      reports.append(json.loads(line))
+  return reports
 
 
 def curves(
@@ -68,9 +79,13 @@ def curves(
     UserError: a file is missing, or a metric is in none of its lines.
   """
   with _figure.style():
-    figure = _figure.new(4.2 * len(metrics), 3.5)
-    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
-    for axis, metric in zip(axes, metrics, strict=True):
+    columns = min(len(metrics), 2)
+    rows = -(-len(metrics) // columns)
+    figure = _figure.new(4.2 * columns, 3.0 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(metrics) :]:
+      axis.axis('off')
+    for axis, metric in zip(axes, metrics, strict=False):
       for i, (name, files) in enumerate(runs.items()):
         colour = _figure.COLOURS[i % len(_figure.COLOURS)]
         _draw(axis, name, [read(file, metric) for file in files], colour)

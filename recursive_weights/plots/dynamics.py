@@ -9,41 +9,44 @@ from recursive_weights.plots import _figure
 
 def dynamics(
   path,
-  activity_SN,
+  activities: dict,
   *,
   certainty_SB=None,
   accuracy_S=None,
-  activity_name: str = 'neuron',
   title: str = 'Dynamics by step',
 ) -> pathlib.Path:
-  """Writes certainty, accuracy and a heat map of activity over steps as a PNG.
+  """Writes certainty, accuracy and heat maps of activity over steps as a PNG.
 
   Args:
     path: file to write.
-    activity_SN: neuron activity or synchronisation of one example, `[S, N]`.
-      Rows of the map are ordered by the step of their largest magnitude, so
-      that waves show. The colour scale is symmetric about 0 and ends at the
-      99th percentile of magnitude.
+    activities: what one row is ('neuron', 'synchronised pair') to activity of
+      one example, `[S, N]`; a map each. Rows are ordered by the step of their
+      largest magnitude, so that waves show. The colour scale is symmetric
+      about 0 and ends at the 95th percentile of magnitude.
     certainty_SB: certainty of examples by step, `[S, B]`: median, and the band
       from the 10th to the 90th percentile.
     accuracy_S: accuracy by step, `[S]`.
-    activity_name: what a row of the map is: 'neuron', 'synchronised pair'.
     title: title of the picture.
 
   Returns:
     The path.
   """
-  activity_SN = np.asarray(activity_SN, np.float64)
-  steps = np.arange(1, len(activity_SN) + 1)
-  curves = certainty_SB is not None or accuracy_S is not None
+  activities = {k: np.asarray(x, np.float64) for k, x in activities.items()}
+  steps = np.arange(1, len(next(iter(activities.values()))) + 1)
+  heights = [3.2] * len(activities)
+  if certainty_SB is not None or accuracy_S is not None:
+    heights.insert(0, 2.0)
   with _figure.style():
-    figure = _figure.new(7.0, 5.4 if curves else 3.6)
-    if curves:
-      upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-      _draw_curves(upper, steps, certainty_SB, accuracy_S)
-    else:
-      lower = figure.subplots()
-    _draw_map(figure, lower, steps, activity_SN, activity_name)
+    figure = _figure.new(7.0, sum(heights) + 0.4)
+    axes = figure.subplots(
+      len(heights), 1, sharex=True, squeeze=False, height_ratios=heights
+    )[:, 0]
+    if len(axes) > len(activities):
+      _draw_curves(axes[0], steps, certainty_SB, accuracy_S)
+    maps = axes[-len(activities) :]
+    for axis, (name, activity_SN) in zip(maps, activities.items(), strict=True):
+      _draw_map(figure, axis, steps, activity_SN, name)
+    maps[-1].set_xlabel('step')
     figure.suptitle(title)
     return _figure.save(figure, path)
 
@@ -69,7 +72,7 @@ def _draw_map(figure, axis, steps, activity_SN, name):
   order_N = np.lexsort(
     (-np.abs(activity_SN).max(axis=0), np.abs(activity_SN).argmax(axis=0))
   )
-  limit = np.percentile(np.abs(activity_SN), 99) or 1.0
+  limit = np.percentile(np.abs(activity_SN), 95) or 1.0
   rows = activity_SN.shape[1]
   mesh = axis.imshow(
     activity_SN[:, order_N].T,
@@ -82,7 +85,6 @@ def _draw_map(figure, axis, steps, activity_SN, name):
   )
   axis.grid(False)
   axis.set(
-    xlabel='step',
     ylabel=f'{name}, by step of its peak',
     title=f'Activity of {rows} {name}s, one example',
   )

@@ -47,6 +47,8 @@ def spectra(
     for name, weight in zip(derived_names, derived, strict=True)
   ]
   with _figure.style():
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure = _figure.new(8.0, 3.6)
     left, right = figure.subplots(1, 2)
     _draw_values(left, base_name, base_R, '#444444', 's')
@@ -64,6 +66,9 @@ def spectra(
       )
     left.set(xlabel='index', ylabel='singular value', title='By index')
     left.set_yscale('log')
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter('{x:g}')
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
     right.set(

@@ -48,11 +48,11 @@ def every_plot(folder):
     ),
     lambda p: dynamics.dynamics(
       p,
-      RNG.normal(size=(STEPS, 9)),
+      {'neuron': RNG.normal(size=(STEPS, 9)), 'pair': np.ones((STEPS, 4))},
       certainty_SB=RNG.uniform(size=(STEPS, 5)),
       accuracy_S=np.linspace(0, 1, STEPS),
     ),
-    lambda p: dynamics.dynamics(p, np.zeros((STEPS, 9))),
+    lambda p: dynamics.dynamics(p, {'neuron': np.zeros((STEPS, 9))}),
     lambda p: spectra.spectra(
       p, w_MFD, (w_MFD.mean(0), w_MFD), derived_names=('a', 'b')
     ),

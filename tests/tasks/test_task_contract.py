@@ -11,6 +11,7 @@ import pytest
 
 from recursive_weights import tasks
 from recursive_weights.interfaces import UserError
+from recursive_weights.plots import attention
 
 NAMES = sorted(
   m.name
@@ -129,6 +130,18 @@ def test_loss_goes_to_zero_at_the_target(task):
   chex.assert_trees_all_close(loss_B, jnp.zeros(4), atol=1e-6)
   for value_B in metrics_B.values():
     chex.assert_trees_all_equal(value_B, jnp.ones(4))
+
+
+def test_inputs_lie_on_the_picture(task, tmp_path):
+  batch = task.batch('test', 0, 2)
+  example = {name: x[1] for name, x in batch.items()}
+  image = np.asarray(task.picture(example))
+  assert image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+  assert np.isfinite(image).all() and np.ptp(image) > 0
+  if image.ndim == 3:
+    assert image.min() >= 0 and image.max() <= 1
+  attention_SHT = np.ones((1, 1, task.spec.inputs.shape[0]))
+  attention.strip(tmp_path / 'a.png', image, attention_SHT)
 
 
 def test_loss_and_augment_are_traced(task):

@@ -1,0 +1,199 @@
+"""Pictures of what a recursion does with examples of a split."""
+
+import logging
+import pathlib
+
+import jax
+import numpy as np
+
+from recursive_weights import interfaces
+from recursive_weights.derivation import tree
+from recursive_weights.evaluators import _average
+from recursive_weights.interfaces import UserError
+from recursive_weights.plots import attention, curves, dynamics, spectra
+
+_log = logging.getLogger(__name__)
+
+
+def make(
+  model: interfaces.Model,
+  task: interfaces.Task,
+  objective: interfaces.Objective,
+  *,
+  batch_size: int,
+  output_dir: str = '',
+  split: str = 'test',
+  examples: int = 3,
+) -> interfaces.Evaluator:
+  """Writes pictures into `output_dir/plots` and returns no numbers.
+
+  Each is drawn where there is something to draw:
+    attention_N.png, attention_N.gif: where the model looks, what it answers
+      and how sure it is at every step, for example N (`outputs['attention']`
+      `[S, B, H, T]` and `Task.picture`).
+    dynamics.png: accuracy, certainty and activity by step (`outputs` with a
+      step axis in `logits`, `certainty`, `activation`, `sync_out`).
+    spectra.png: singular values of derived weights and of what they are
+      derived from (`Model.rules`).
+    curves.png: training curves, from `output_dir/metrics.jsonl`.
+
+  Of several seeds, the last one's pictures stay. Without matplotlib nothing is
+  written but a line in the log: no training fails for want of a picture.
+
+  Args:
+    objective: not used: every step is shown.
+    batch_size: number of examples, spread evenly over the split, that
+      `dynamics` shows.
+    output_dir: folder to write to; '' for nowhere.
+    split: split of the examples.
+    examples: number of examples with pictures of attention.
+
+  Raises:
+    UserError: the split is unknown, or a number is not positive.
+  """
+  del objective
+  _average.check(task, (split,), batch_size, max_batches=1)
+  if examples < 1:
+    raise UserError(f'examples must be > 0, got {examples}')
+
+  @jax.jit
+  def look(params, batch):
+    carry = model.carry(params, len(batch['weight']))
+    outputs, _ = model.apply(
+      params, carry, batch['inputs'], key=None, train=False
+    )
+    return outputs
+
+  @jax.jit
+  def judge(logits, batch):
+    return jax.vmap(lambda answer: task.loss(answer, batch)[1])(logits)
+
+  def evaluate(params, key):
+    del key  # nothing here is random
+    if not output_dir:
+      return {}
+    try:
+      import matplotlib  # noqa: F401
+    except ImportError:
+      _log.info("no pictures without matplotlib: pip install -e '.[plots]'")
+      return {}
+    folder = pathlib.Path(output_dir) / 'plots'
+    batch = _spread(task, split, batch_size)
+    outputs = look(params, batch)
+    metrics_SB = {}
+    if outputs['logits'].ndim == 3 + len(task.spec.answer):
+      metrics_SB = judge(outputs['logits'], batch)
+    seen = jax.device_get((outputs, metrics_SB))
+    weights = jax.device_get(_weights(model.rules, params))
+    if jax.process_index() == 0:
+      _draw_attention(folder, task, batch, *seen, examples)
+      _draw_dynamics(folder, *seen)
+      _draw_spectra(folder, model.rules, weights)
+      _draw_curves(folder)
+    return {}
+
+  return evaluate
+
+
+def _spread(task, split, count):
+  """A batch of examples at even distances of a split."""
+  size = task.spec.sizes[split]
+  if size is None:
+    return task.batch(split, 0, count)
+  # Splits may be sorted by class, so their first rows show little of them.
+  whole = task.batch(split, 0, size)
+  rows_B = np.linspace(0, size - 1, min(count, size)).round().astype(int)
+  return {name: x[rows_B] for name, x in whole.items()}
+
+
+def _draw_attention(folder, task, batch, outputs, metrics_SB, examples):
+  if 'attention' not in outputs or task.picture is None:
+    return
+  rows = len(batch['weight'])
+  chosen = np.linspace(0, rows - 1, min(examples, rows)).round().astype(int)
+  for number, row in enumerate(chosen):
+    example = {name: x[row] for name, x in batch.items()}
+    target, title = example['targets'], f'Example {number}'
+    shown = {}
+    if 'certainty' in outputs:
+      shown['certainty_S'] = outputs['certainty'][:, row]
+    if metrics_SB:
+      answer = outputs['logits'][:, row].argmax(axis=-1)
+      right = answer == target[None]
+      if target.ndim == 0:
+        title += f': {target}'
+        shown |= {'predictions': answer, 'right': right}
+      else:
+        accuracy_S = metrics_SB['accuracy'][:, row]
+        shown['predictions'] = [f'{x:.0%} right' for x in accuracy_S]
+        if target.shape == task.spec.inputs.shape:
+          shown['right'] = right
+    arguments = (task.picture(example), outputs['attention'][:, row])
+    name = f'attention_{number}'
+    attention.strip(folder / f'{name}.png', *arguments, title=title, **shown)
+    attention.film(folder / f'{name}.gif', *arguments, title=title, **shown)
+
+
+def _draw_dynamics(folder, outputs, metrics_SB):
+  kinds = {'neuron': 'activation', 'synchronised pair': 'sync_out'}
+  activities = {
+    kind: outputs[name][:, 0] for kind, name in kinds.items() if name in outputs
+  }
+  if activities and metrics_SB:
+    dynamics.dynamics(
+      folder / 'dynamics.png',
+      activities,
+      certainty_SB=outputs.get('certainty'),
+      accuracy_S=metrics_SB['accuracy'].mean(axis=1),
+    )
+
+
+def _weights(rules, stored):
+  """By rule, its last operator's base, that base's name, and what it derives.
+
+  A chain's earlier parts, such as a contraction, only prepare the base.
+  """
+  params = tree.derive(rules, stored)
+  found = []
+  for rule in rules:
+    own = rule.source == rule.target
+    base = tree.leaf(stored if own else params, rule.source)
+    name = rule.source
+    theta = stored['operators'][rule.name]
+    for i, operator in enumerate(rule.operator.parts[:-1]):
+      base = operator.apply(theta[str(i)], base)
+      name = f'contracted {rule.source}'
+    found.append((name, base, tree.leaf(params, rule.target)))
+  return found
+
+
+def _draw_spectra(folder, rules, weights):
+  for rule, (name, base, derived) in zip(rules, weights, strict=True):
+    if not all(hasattr(x, 'ndim') and x.ndim > 1 for x in (base, derived)):
+      continue
+    stack = derived if derived.ndim > base.ndim else derived[None]
+    names = (rule.target,)
+    if len(stack) > 1:
+      names = tuple(f'{rule.target}[{i}]' for i in range(len(stack)))
+    last = '' if len(rules) == 1 else '_' + rule.target.replace('/', '_')
+    spectra.spectra(
+      folder / f'spectra{last}.png',
+      base,
+      tuple(stack),
+      base_name=name,
+      derived_names=names,
+      title=f'Singular values: {rule.target} = T({name})',
+    )
+
+
+def _draw_curves(folder):
+  path = folder.parent / 'metrics.jsonl'
+  if not path.exists():
+    return
+  names = [
+    name for name in curves.names(path) if name.endswith(('/loss', '/accuracy'))
+  ]
+  if names:
+    curves.curves(
+      folder / 'curves.png', {'this run': [path]}, metrics=tuple(names)
+    )

@@ -8,6 +8,7 @@ waited for.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -18,7 +19,12 @@ import numpy as np
 import optax
 
 from recursive_weights import interfaces
-from recursive_weights.models import ctm
+from recursive_weights.derivation import compose, tree
+from recursive_weights.derivation.operators import (
+  contraction,
+  spectral_residual,
+)
+from recursive_weights.models import ctm, derived
 from recursive_weights.recursion import objective as objectives
 
 CASES = {
@@ -71,6 +77,18 @@ def build(
     dtype=dtype,
   )
   return spec, model
+
+
+def derive(spec: interfaces.Spec, model: interfaces.Model):
+  """The model with W2 = T(contract(W1)) in its neurons."""
+  inputs = jax.ShapeDtypeStruct((1, *spec.inputs.shape), spec.inputs.dtype)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
+  operator = compose.chain(
+    contraction.make(kind='softmax', shape=shapes['nlm']['w2'].shape),
+    spectral_residual.make(),
+  )
+  rule = tree.Rule('T', 'nlm/w1', 'nlm/w2', operator)
+  return derived.wrap(model, (rule,))
 
 
 def published_flops(case: str, ticks: int, batch: int) -> float:
@@ -176,35 +194,45 @@ def main() -> None:
     default=1 if jax.default_backend() == 'cpu' else 5,
     help='ticks in one body of the compiled loop',
   )
+  parser.add_argument(
+    '--nlm',
+    nargs='+',
+    default=['independent'],
+    choices=('independent', 'derived'),
+    help='second weights of the neurons: their own, or T(contract(W1))',
+  )
   parser.add_argument('--remat', action='store_true')
   parser.add_argument(
     '--peak_tflops', type=float, default=0.0, help='of the device, 0: unknown'
   )
   flags = parser.parse_args()
-  for case in flags.case:
-    for ticks in flags.ticks:
-      for batch in flags.batch:
-        for dtype in flags.dtype:
-          spec, model = build(
-            case, ticks, dtype, remat=flags.remat, unrolled=flags.unrolled
-          )
-          flops = published_flops(case, ticks, batch)
-          line = {
-            'case': case,
-            'ticks': ticks,
-            'batch': batch,
-            'dtype': dtype,
-            'unrolled': flags.unrolled,
-            'device': jax.devices()[0].device_kind,
-            'jax': jax.__version__,
-            **measure(model, spec, batch=batch, repeats=flags.repeats),
-            'flops_formula': flops,
-          }
-          rate = flops / line['ms'] / 1e9
-          line['tflops'] = round(rate, 4)
-          if flags.peak_tflops:
-            line['share_of_peak'] = round(rate / flags.peak_tflops, 4)
-          print(json.dumps(line), flush=True)
+  grid = itertools.product(
+    flags.case, flags.ticks, flags.batch, flags.dtype, flags.nlm
+  )
+  for case, ticks, batch, dtype, nlm in grid:
+    spec, model = build(
+      case, ticks, dtype, remat=flags.remat, unrolled=flags.unrolled
+    )
+    if nlm == 'derived':
+      model = derive(spec, model)
+    flops = published_flops(case, ticks, batch)
+    line = {
+      'case': case,
+      'ticks': ticks,
+      'batch': batch,
+      'dtype': dtype,
+      'nlm': nlm,
+      'unrolled': flags.unrolled,
+      'device': jax.devices()[0].device_kind,
+      'jax': jax.__version__,
+      **measure(model, spec, batch=batch, repeats=flags.repeats),
+      'flops_formula': flops,
+    }
+    rate = flops / line['ms'] / 1e9
+    line['tflops'] = round(rate, 4)
+    if flags.peak_tflops:
+      line['share_of_peak'] = round(rate / flags.peak_tflops, 4)
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == '__main__':

@@ -58,7 +58,7 @@ def get_config(variant=None):
   config.evaluators.after = {
     'accuracy': {'splits': ('validation', 'test')},
     'depth_sweep': {'splits': ('test',)},
-    'pictures': {},
+    'pictures': {'split': 'test', 'examples': 3},
   }
   if 'document' in chosen:
     config.model.memory = 15
@@ -75,4 +75,5 @@ def get_config(variant=None):
     config.training.evaluate_every = 4
     config.checkpoint.every = 4
     config.optimizer.schedule.warmup_steps = 2
+    config.evaluators.after.pictures.examples = 1
   return config

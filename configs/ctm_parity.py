@@ -57,7 +57,7 @@ def get_config(variant=None):
   config.evaluators.after = {
     'accuracy': {'splits': ('validation', 'test')},
     'depth_sweep': {'splits': ('test',)},
-    'pictures': {},
+    'pictures': {'split': 'test', 'examples': 3},
   }
   if 'bits16' in chosen:
     config.task.length = 16

@@ -99,9 +99,9 @@ def curves(
 
 def summary(seeds: list[tuple[np.ndarray, np.ndarray]]):
   """Steps, mean and standard deviation over the seeds that report a step."""
-  by_step = {}
-  for steps, values in seeds:
-    for step, value in zip(steps, values, strict=True):
+  by_step: dict[int, list[float]] = {}
+  for seed_steps, values in seeds:
+    for step, value in zip(seed_steps, values, strict=True):
       by_step.setdefault(int(step), []).append(value)
   steps = sorted(by_step)
   mean = [np.mean(by_step[step]) for step in steps]

@@ -32,8 +32,8 @@ def make(
 
   Parameters: n M.
   Start: one row: the mean over M (times sqrt(M), normalised). More rows: row i
-    is half the mean and half the base interpolated at slot
-    `i (M - 1) / (n - 1)`, so that no two rows learn the same (needs M > 1); over
+    is half the mean and half the base, interpolated at slot
+    `i (M - 1) / (n - 1)`, so that no two learn the same (needs M > 1); over
     its norm, normalised.
   Cost: O(n size(base)). Does not depend on the widths of the slots.
   Source: examiner-ctm v5.3, ContractionOperator.

@@ -43,7 +43,9 @@ def strip(
       one another.
     attention_SHT: attention `[S, H, T]` over T tokens in reading order of a
       grid with the proportions of the image; averaged over heads. All panels
-      share one colour scale.
+      share one colour scale, from an even share 1 / T (white, as all below) to
+      the largest or, if that is more, twice the even share: attention spread
+      evenly looks like none.
     predictions: S texts or numbers, the answer after each step.
     certainty_S: certainty of each step, in [0, 1], also the length of a bar
       under the panel.
@@ -77,7 +79,7 @@ def strip(
       scale = _panel(axis, image, maps_SHW[step - 1], highest)
       _describe(axis, step, predictions, certainty_S, right, tape)
     bar = figure.colorbar(scale, ax=axes, shrink=0.8)
-    bar.set_label('attention, mean over heads')
+    bar.set_label('attention, mean over heads (white: an even share or less)')
     bar.outline.set_visible(False)
     figure.suptitle(title)
     if right is not None and np.ndim(right) == 2:
@@ -192,8 +194,10 @@ def _panel(axis, image, map_HW, highest):
   if image.ndim == 2:
     ink_HW = (image - image.min()) / (np.ptp(image) or 1)
     image = np.repeat(1 - ink_HW[:, :, None], 3, axis=2)
+  even = 1 / map_HW.size
   scale = ScalarMappable(
-    Normalize(0, highest), LinearSegmentedColormap.from_list('', ['w', _LOOK])
+    Normalize(even, max(highest, 2 * even)),
+    LinearSegmentedColormap.from_list('', ['w', _LOOK]),
   )
   shape = np.lcm(image.shape[:2], map_HW.shape)
   tint = _enlarge(scale.to_rgba(map_HW)[..., :3], shape)

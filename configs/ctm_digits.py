@@ -16,7 +16,7 @@ h 4, D 128), `deep` (two hidden layers in each neuron's model).
 from configs import derivations
 from recursive_weights import config as config_lib
 
-VARIANTS = ('smoke', 'document', 'deep', *derivations.NAMES)
+VARIANTS = ('smoke', 'document', 'deep', 'unet', 'narrow', *derivations.NAMES)
 
 
 def get_config(variant=None):
@@ -39,6 +39,7 @@ def get_config(variant=None):
     'dropout': 0.1,
     'gate': False,
     'remat': False,
+    'unrolled': 1,
     'seed': 0,
   }
   config.objective.name = 'certainty'
@@ -65,7 +66,16 @@ def get_config(variant=None):
     config.model.nlm.update(hidden=4, activation='relu')
   if 'deep' in chosen:
     config.model.nlm.layers = 2
-  derivations.derive_w2(config, chosen, default='spectral_residual')
+  if 'unet' in chosen:
+    config.model.synapse_depth = 4
+  if 'narrow' in chosen:
+    # As many parameters as the derived model has: for `deep,independent`
+    # (109,262) and `unet,independent`.
+    if 'deep' in chosen:
+      config.model.nlm.hidden = 5
+    else:
+      config.model.width = WIDTH
+  derivations.derive(config, chosen, default='spectral_residual')
   if 'smoke' in chosen:
     config.model.update(width=32, input_width=16, ticks=3, memory=4)
     config.model.update(sync_out=16, sync_action=16, self_pairs=2)

@@ -15,7 +15,14 @@ D 1024: for a GPU), and those of configs/derivations.py (`independent`, ...).
 from configs import derivations
 from recursive_weights import config as config_lib
 
-VARIANTS = ('smoke', 'bits16', 'published', *derivations.NAMES)
+VARIANTS = (
+  'smoke',
+  'bits16',
+  'published',
+  'deep',
+  'narrow',  # with deep
+  *derivations.NAMES,
+)
 
 
 def get_config(variant=None):
@@ -39,6 +46,7 @@ def get_config(variant=None):
     'dropout': 0.0,
     'gate': False,
     'remat': False,
+    'unrolled': 1,
     'seed': 0,
   }
   config.objective.name = 'certainty'
@@ -63,6 +71,10 @@ def get_config(variant=None):
     config.task.length = 16
     config.model.update(width=256, ticks=20)
     config.training.steps = 20000
+  if 'deep' in chosen:
+    config.model.nlm.layers = 2
+    if 'narrow' in chosen:  # as many parameters as the derived model has
+      config.model.nlm.hidden = 5
   if 'published' in chosen:
     config.task.length = 64
     config.model.update(
@@ -71,6 +83,7 @@ def get_config(variant=None):
       heads=8,
       memory=25,
       ticks=75,
+      unrolled=5,  # on a GPU; 1 is faster on CPUs
       pairing='random',
       sync_out=32,
       sync_action=32,
@@ -80,7 +93,7 @@ def get_config(variant=None):
     config.optimizer.learning_rate = 1e-4
     config.optimizer.schedule.warmup_steps = 500
     config.training.steps = 200_000
-  derivations.derive_w2(config, chosen, default='spectral_residual')
+  derivations.derive(config, chosen, default='spectral_residual')
   if 'smoke' in chosen:
     config.task.update(length=6, eval_size=64)
     config.model.update(width=32, input_width=16, ticks=3, memory=4)

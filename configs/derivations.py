@@ -1,13 +1,13 @@
-"""Ways to derive the output weights of neuron-level models, by name.
+"""Ways to derive weights of a Continuous Thought Machine, by name.
 
-Shared by the configs of the Continuous Thought Machine: a name here is a
-variant of each of them. W1 is 'nlm/w1' [M, F, D]; its contraction over the
-memory axis has the shape of W2, 'nlm/w2' [O, H, D].
+A name here is a variant of each of its configs. W1 is 'nlm/w1' [M, F, D]; its
+contraction over the memory axis has the shape of W2, 'nlm/w2' [O, H, D], and of
+each hidden layer. The way up of a U-Net is derived from its way down.
 """
 
 import ml_collections
 
-# T in W2 = T(contract(W1)): operator and its arguments.
+# T in W2 = T(contract(W1)).
 OPERATORS = {
   'linear': {'bottleneck': 32},
   'spectral': {'kind': 'mlp', 'rank': 8},
@@ -41,7 +41,7 @@ NAMES = (
 )
 
 
-def derive_w2(
+def derive(
   config: ml_collections.ConfigDict, chosen: set[str], default: str
 ) -> None:
   """Sets `config.recursive.rules` (and groups) for the chosen variants."""
@@ -65,25 +65,29 @@ def derive_w2(
     fields['rank'] = RANKS[variant]
   for variant in sorted(chosen & set(ALPHAS)):
     fields['alpha'] = ALPHAS[variant]
-  contraction = {
+  adapter = {
+    'name': 'contraction',
     'kind': 'linear' if 'linear_contraction' in chosen else 'softmax',
     'normalised': 'mean_contraction' not in chosen,
   }
-  config.recursive.rules = {
-    'w2': {
-      'source': 'nlm/w1',
-      'target': 'nlm/w2',
-      'contraction': dict(contraction),
-      'operator': fields,
-      'iterate': False,
+
+  def rule(source, target, adapter, iterate=False):
+    return {
+      'source': source,
+      'target': target,
+      'adapter': dict(adapter),
+      'operator': dict(fields),
+      'iterate': iterate,
     }
-  }
+
+  rules = {'w2': rule('nlm/w1', 'nlm/w2', adapter)}
   if config.model.nlm.layers:
     # Deep: the hidden stack is T(C), T(T(C)), ... with one T.
-    config.recursive.rules['hidden'] = {
-      'source': 'nlm/w1',
-      'target': 'nlm/hidden',
-      'contraction': dict(contraction),
-      'operator': dict(fields),
-      'iterate': True,
-    }
+    rules['hidden'] = rule('nlm/w1', 'nlm/hidden', adapter, iterate=True)
+  for level in range(config.model.synapse_depth - 1):
+    # A U-Net's way up from its way down.
+    down, up = (f'synapse/{way}/level{level}' for way in ('down', 'up'))
+    rules[f'up{level}'] = rule(
+      f'{down}/linear/kernel', f'{up}/linear/kernel', {'name': 'transpose'}
+    )
+  config.recursive.rules = rules

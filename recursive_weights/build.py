@@ -156,7 +156,7 @@ def build_rule(name: str, fields: dict[str, Any], paths: dict[str, Any]):
   from recursive_weights.derivation.tree import Rule
 
   fields = dict(fields)
-  known = {'source', 'target', 'contraction', 'operator', 'iterate'}
+  known = {'source', 'target', 'adapter', 'operator', 'iterate'}
   if set(fields) != known:
     raise UserError(
       f'recursive.rules.{name} must have the fields {sorted(known)}, got '
@@ -174,22 +174,13 @@ def build_rule(name: str, fields: dict[str, Any], paths: dict[str, Any]):
     length, *rest = shape
     shape = tuple(rest)
   parts = []
-  if fields['contraction']['kind']:
-    contraction = {'name': 'contraction'} | fields['contraction']
-    parts.append(make('derivation.operators', contraction, shape=shape))
+  if fields['adapter']['name']:
+    parts.append(make('derivation.operators', fields['adapter'], shape=shape))
+  operator = compose.chain()
   if fields['operator']['name']:
     operator = make('derivation.operators', fields['operator'])
-    if length:
-      operator = compose.iterate(operator, length)
-    parts.append(operator)
-  elif length:
-    raise UserError(f'recursive.rules.{name}: iterate needs an operator')
-  if not parts:
-    raise UserError(
-      f'recursive.rules.{name} needs a contraction, an operator, or both'
-    )
-  operator = parts[0] if len(parts) == 1 else compose.chain(*parts)
-  return Rule(name, fields['source'], fields['target'], operator)
+  parts.append(compose.iterate(operator, length) if length else operator)
+  return Rule(name, fields['source'], fields['target'], compose.chain(*parts))
 
 
 def build_evaluators(

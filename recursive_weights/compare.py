@@ -65,7 +65,12 @@ def train(path: str, variant: str, overrides: list[str], folder) -> dict:
   data = config.to_data(fields)
   workdir = folder / variant.replace(',', '-')
   _log.info('%s', variant)
-  results = loop.run(build.build(data, str(workdir)), str(workdir))
+  loop.check_workdir(workdir, data)
+  finished = workdir / 'results.json'
+  if finished.exists():  # finished, maybe on another machine
+    results = json.loads(finished.read_text())
+  else:
+    results = loop.run(build.build(data, str(workdir)), str(workdir))
   history = metrics.read(workdir / 'metrics.jsonl')
   steps_N = np.array([x['step'] for x in history if 'train/loss' in x])
   curve_EN = compression.curves(history, 'train/loss')

@@ -27,9 +27,9 @@ def base() -> ConfigDict:
       'task': {'name': ''},
       'model': {'name': ''},
       # Weights derived from weights. By rule name: source, target (tree
-      # paths), contraction (arguments; kind '' for none), operator (name and
-      # arguments; name '' for none), iterate (the target is the stack T(C),
-      # T(T(C)), ...).
+      # paths), adapter (to the target's shape: contraction or transpose; name
+      # '' for none), operator T (name '' for the identity), iterate (the
+      # target is the stack T(C), T(T(C)), ...).
       'recursive': {
         'rules': {},
         'lipschitz': {'weight': 0.0, 'bound': 1.0, 'scale': 0.01},

@@ -22,7 +22,7 @@ VARIANTS = ('smoke', 'document', 'deep', 'unet', 'narrow', *derivations.NAMES)
 def get_config(variant=None):
   chosen = config_lib.variants(variant, VARIANTS)
   config = config_lib.base()
-  config.task = {'name': 'digits', 'patch': 4, 'max_shift': 1}
+  config.task = {'name': 'digits', 'patch': 2, 'max_shift': 1}
   config.model = {
     'name': 'ctm',
     'width': 128,
@@ -74,7 +74,7 @@ def get_config(variant=None):
     if 'deep' in chosen:
       config.model.nlm.hidden = 5
     else:
-      config.model.width = WIDTH
+      config.model.width = 114
   derivations.derive(config, chosen, default='spectral_residual')
   if 'smoke' in chosen:
     config.model.update(width=32, input_width=16, ticks=3, memory=4)

@@ -52,6 +52,7 @@ def get_config(variant=None):
   config.objective.name = 'certainty'
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule.warmup_steps = 200
+  config.optimizer.groups.all.weight_decay = 0.1
   config.training.update(
     steps=6000,
     batch_size=64,
@@ -69,7 +70,7 @@ def get_config(variant=None):
   }
   if 'bits16' in chosen:
     config.task.length = 16
-    config.model.update(width=256, ticks=20)
+    config.model.update(width=256, ticks=20, unrolled=5)
     config.training.steps = 20000
   if 'deep' in chosen:
     config.model.nlm.layers = 2
@@ -91,6 +92,7 @@ def get_config(variant=None):
     )
     config.model.nlm.hidden = 16
     config.optimizer.learning_rate = 1e-4
+    config.optimizer.groups.all.weight_decay = 0.0
     config.optimizer.schedule.warmup_steps = 500
     config.training.steps = 200_000
   derivations.derive(config, chosen, default='spectral_residual')

@@ -59,6 +59,7 @@ def get_config(variant=None):
   config.evaluators.after = {
     'accuracy': {'splits': ('validation', 'test')},
     'depth_sweep': {'splits': ('test',)},
+    'early_exit': {'splits': ('test',), 'chunk': 2},
     'pictures': {'split': 'test', 'examples': 3},
   }
   if 'document' in chosen:

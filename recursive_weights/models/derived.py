@@ -37,10 +37,12 @@ def wrap(
   def penalty(stored, params, key):
     total = jnp.zeros([], jnp.float32)
     for index, rule in enumerate(rules):
+      # Of a stack derived from its own first slice only that slice is a base.
+      within = stored if rule.source == rule.target else params
       total += report.lipschitz_penalty(
         rule.operator,
         stored['operators'][rule.name],
-        tree.leaf(params, rule.source),
+        tree.leaf(within, rule.source),
         jax.random.fold_in(key, index),
         bound=bound,
         scale=scale,

@@ -1,0 +1,129 @@
+"""Every config: two finite steps small, a gradient everywhere, TPU lowering."""
+
+import importlib
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recursive_weights import build, config, restore
+from recursive_weights.interfaces import UserError
+from recursive_weights.training.state import make_dispatch
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(
+  path.stem
+  for path in (ROOT / 'configs').glob('*.py')
+  if 'def get_config' in path.read_text()
+)
+
+
+def load(name, variant):
+  module = importlib.import_module(f'configs.{name}')
+  return config.to_data(module.get_config(variant))
+
+
+def batches(experiment, count):
+  size = experiment.config['training']['batch_size']
+  rows = [
+    experiment.tasks[0].batch('train', index, size) for index in range(count)
+  ]
+  return jax.tree.map(lambda *x: np.stack(x), *rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CONFIGS)
+def test_smoke_takes_two_steps_and_lowers_for_tpu(name):
+  experiment = build.build(load(name, 'smoke'))
+  state = jax.jit(experiment.init)(np.int32(0))
+  before = state.params
+  data = batches(experiment, 3)
+  dispatch = jax.jit(make_dispatch(experiment.make_step(None)))
+  state, metrics = dispatch(state, data, np.int32(0), np.int32(2))
+  assert int(state.step) == 2
+  chex.assert_tree_all_finite((state, metrics))
+  assert np.isfinite(metrics['loss'][:2]).all() and metrics['loss'][2] == 0
+  # Every parameter moved: it has a gradient (or decay) and an optimizer.
+  frozen = [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, same in jax.tree_util.tree_leaves_with_path(
+      jax.tree.map(lambda a, b: bool((a == b).all()), before, state.params)
+    )
+    if same
+  ]
+  assert [f for f in frozen if f != 'attention/key/bias'] == []
+  lowered = jax.export.export(dispatch, platforms=['tpu'])(
+    state, data, np.int32(0), np.int32(2)
+  )
+  assert lowered.platforms == ('tpu',)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_configs_survive_json(name):
+  data = load(name, None)
+  again = config.to_data(config.from_data(data))
+  assert again == data
+  assert not build.check(data)
+
+
+@pytest.mark.parametrize('name', ['bfloat16', 'float16'])
+@pytest.mark.slow
+def test_half_precision_trains(name):
+  data = load('ctm_parity', 'smoke,residual') | {'dtype': name}
+  if name == 'float16':
+    data['training']['loss_scale'] = 256.0
+  experiment = build.build(data)
+  state = jax.jit(experiment.init)(np.int32(0))
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {
+    jnp.dtype('float32')
+  }
+  step = jax.jit(experiment.make_step(None))
+  full = jax.jit(
+    build.build(load('ctm_parity', 'smoke,residual')).make_step(None)
+  )
+  batch = jax.tree.map(lambda x: x[0], batches(experiment, 1))
+  _, metrics = step(state, batch)
+  _, expected = full(state, batch)
+  np.testing.assert_allclose(metrics['loss'], expected['loss'], rtol=0.02)
+  np.testing.assert_allclose(
+    metrics['gradient_norm'], expected['gradient_norm'], rtol=0.1
+  )
+
+
+def test_all_errors_of_a_config_come_at_once():
+  data = load('ctm_digits', None)
+  data['training']['steps'] = 0
+  data['task']['patch'] = 3
+  data['model']['heads'] = 0
+  data['objective']['name'] = 'hope'
+  with pytest.raises(UserError) as error:
+    build.build(data)
+  text = str(error.value)
+  for part in ('training.steps must be > 0', 'patch must be', 'hope'):
+    assert part in text
+
+
+def test_unknown_names_list_what_there_is():
+  data = load('ctm_digits', None)
+  data['task']['name'] = 'chess'
+  with pytest.raises(UserError, match=r"no 'chess'; there are: digits"):
+    build.build(data)
+  data = load('ctm_digits', None)
+  data['recursive']['rules']['w2']['source'] = 'nlm/w9'
+  with pytest.raises(UserError, match=r'no parameter nlm/w9; there are'):
+    build.build(data)
+
+
+def test_weights_without_pickles_come_back(tmp_path):
+  params = {'a': {'b': jnp.arange(6.0).reshape(2, 3)}, 'c': jnp.ones(())}
+  restore.write_npz(tmp_path / 'w.npz', params)
+  shapes = jax.eval_shape(lambda: params)
+  chex.assert_trees_all_equal(
+    restore.read_npz(tmp_path / 'w.npz', shapes), params
+  )
+  wrong = {'a': {'b': jnp.ones((3, 3))}, 'c': jnp.ones(())}
+  with pytest.raises(UserError, match=r'a/b must be \(3, 3\), found \(2, 3\)'):
+    restore.read_npz(tmp_path / 'w.npz', wrong)

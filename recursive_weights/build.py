@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from recursive_weights.config import tuples
 from recursive_weights.interfaces import Model, Objective, Task, UserError
@@ -287,7 +286,18 @@ def evaluate(
     output_dir: where evaluators may write files, '' for nowhere.
   """
   experiment = build(config, output_dir)
-  seeds = config['seed'] + np.arange(config['num_seeds'], dtype=np.int32)
-  init = experiment.init if len(seeds) == 1 else jax.vmap(experiment.init)
-  shapes = jax.eval_shape(init, seeds[0] if len(seeds) == 1 else seeds)
-  return evaluate_all(experiment.after, load(shapes.params), config)
+  return evaluate_all(experiment.after, load(parameter_shapes(config)), config)
+
+
+def parameter_shapes(config: dict[str, Any]):
+  """Shapes of what a run of this config trains, as its checkpoints hold it."""
+  seeds = config['num_seeds']
+  task = build_task(config, config['seed'])
+  model = build_model(config, task)
+  inputs = example(task, config['training']['batch_size'])
+  shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
+  if seeds == 1:
+    return shapes
+  return jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct((seeds, *s.shape), s.dtype), shapes
+  )

@@ -56,37 +56,50 @@ def main(overrides):
 def train(path: str, variant: str, overrides: list[str], folder) -> dict:
   """Trains one variant (or finds it trained) and measures it."""
   from recursive_weights import build, config
-  from recursive_weights.evaluators import compression
-  from recursive_weights.training import loop, metrics
 
   fields = command.override(
     command.read_config_file(f'{path}:{variant}'), overrides
   )
-  data = config.to_data(fields)
-  # Of the final evaluators the table shows accuracy; pictures and sweeps of
-  # every variant would take longer than training it.
-  after = data['evaluators']['after']
-  data['evaluators']['after'] = {
-    name: after[name] for name in after if name == 'accuracy'
-  }
-  workdir = folder / variant.replace(',', '-')
+  data = accuracy_alone(config.to_data(fields))
   _log.info('%s', variant)
+  workdir = folder / variant.replace(',', '-')
+  return measure(variant, build.build(data), workdir)
+
+
+def accuracy_alone(data: dict) -> dict:
+  """The config with no final evaluator but accuracy.
+
+  The table shows no more, and pictures and sweeps of every variant would take
+  longer than training it.
+  """
+  evaluators = data['evaluators']
+  after = {k: v for k, v in evaluators['after'].items() if k == 'accuracy'}
+  return data | {'evaluators': evaluators | {'after': after}}
+
+
+def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
+  """Trains an experiment, unless it is finished, and measures it."""
+  from recursive_weights import build
+  from recursive_weights.evaluators import compression
+  from recursive_weights.training import loop, metrics
+
+  data = experiment.config
   loop.check_workdir(workdir, data)
   finished = workdir / 'results.json'
-  if finished.exists():  # finished, maybe on another machine
+  if finished.exists():  # maybe on another machine
     results = json.loads(finished.read_text())
   else:
-    results = loop.run(build.build(data, str(workdir)), str(workdir))
+    results = loop.run(experiment, str(workdir))
   history = metrics.read(workdir / 'metrics.jsonl')
   steps_N = np.array([x['step'] for x in history if 'train/loss' in x])
   curve_EN = compression.curves(history, 'train/loss')
-  task = build.build_task(data, data['seed'])
+  task = experiment.tasks[0]
   model = build.build_model(data, task)
   size = data['training']['batch_size']
   params = model.init(jax.random.key(0), build.example(task, size))
   inputs = jax.numpy.asarray(task.batch('train', 0, size)['inputs'])
   return {
-    'variant': variant,
+    'variant': name,
     'parameters': compression.parameters(params),
     'final_loss': mean_std(compression.final(curve_EN)),
     'steps_to_90': mean_std(compression.steps_to(steps_N, curve_EN)),

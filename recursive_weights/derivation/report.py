@@ -17,7 +17,7 @@ def count(tree: Tree) -> int:
 
 def counts(tree: Tree, depth: int | None = None) -> dict[str, int]:
   """Scalars by leaf path, or by the first `depth` parts of the path."""
-  result = {}
+  result: dict[str, int] = {}
   for name, x in zip(names(tree), jax.tree.leaves(tree), strict=True):
     part = '/'.join(name.split('/')[:depth])
     result[part] = result.get(part, 0) + math.prod(x.shape)

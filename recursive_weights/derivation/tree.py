@@ -65,7 +65,8 @@ def compress(rules: Sequence[Rule], params: Tree, key: Array) -> Tree:
       ' operators: are they compressed already?'
     )
   _check_order(rules)
-  stored, operators = params, {}
+  stored = params
+  operators: dict[str, Tree] = {}
   for rule in rules:
     target = leaf(params, rule.target)
     leaf(params, rule.source)

@@ -45,7 +45,7 @@ def init(
       'none'.
   """
   keys = iter(jax.random.split(key, 12))
-  features = {
+  features: Tree = {
     'linear': dense.init(next(keys), width, width),
     'norm': dense.norm_init(width),
   }

@@ -54,25 +54,25 @@ def expose(weights: Tree, steps: int, batch: int) -> tuple[Tree, list]:
     `[S, B, I]` and `[S, B, O]`, to be scanned over and put back by `attach`.
     The gradient reaches the weights through the taps.
   """
-  nodes, treedef = jax.tree.flatten(weights, is_leaf=_is_linear)
+  nodes, structure = jax.tree.flatten(weights, is_leaf=_is_linear)
   taps = [
     _expose(steps, batch, node.kernel, node.bias)
     for node in nodes
     if _is_linear(node)
   ]
   nodes = [jax.lax.stop_gradient(x) if _is_linear(x) else x for x in nodes]
-  return treedef.unflatten(nodes), taps
+  return jax.tree.unflatten(structure, nodes), taps
 
 
 def attach(weights: Tree, taps: list) -> Tree:
   """The tree with one step's taps in its `Linear` nodes."""
-  nodes, treedef = jax.tree.flatten(weights, is_leaf=_is_linear)
+  nodes, structure = jax.tree.flatten(weights, is_leaf=_is_linear)
   rest = iter(taps)
   nodes = [
     dataclasses.replace(x, taps=tuple(next(rest))) if _is_linear(x) else x
     for x in nodes
   ]
-  return treedef.unflatten(nodes)
+  return jax.tree.unflatten(structure, nodes)
 
 
 def _is_linear(x):

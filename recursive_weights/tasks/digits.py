@@ -50,7 +50,9 @@ def make(
 
   images_BHW, labels_B, members = _load()
   inputs_BTC = patches(images_BHW, patch)
-  sizes = {split: len(rows) for split, rows in members.items()}
+  sizes: dict[str, int | None] = {
+    split: len(rows) for split, rows in members.items()
+  }
 
   def batch(split, index, size):
     _splits.check(split)

@@ -16,6 +16,7 @@ from configs import derivations
 from recursive_weights import config as config_lib
 
 VARIANTS = ('smoke', *derivations.NAMES)
+LOOK = 'features/|attention/'
 
 
 def get_config(variant=None):
@@ -24,7 +25,7 @@ def get_config(variant=None):
   config.task = {
     'name': 'maze',
     'size': 9,
-    'route': 10,
+    'route': 8,
     'branching': 0.1,
     'loops': 0.0,
     'lookahead': 5,
@@ -35,14 +36,14 @@ def get_config(variant=None):
     'name': 'ctm',
     'width': 128,
     'input_width': 64,
-    'heads': 4,
+    'heads': 8,
     'memory': 10,
     'ticks': 15,
     'nlm': {'hidden': 8, 'activation': 'glu', 'layers': 0, 'norm': False},
     'synapse_depth': 1,
     'pairing': 'first-last',
     'sync_out': 32,
-    'sync_action': 16,
+    'sync_action': 32,
     'self_pairs': 0,
     'position': 'learned',
     'vocabulary': 4,
@@ -53,7 +54,7 @@ def get_config(variant=None):
     'seed': 0,
   }
   config.objective.name = 'certainty'
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule.warmup_steps = 200
   config.optimizer.groups.all.weight_decay = 0.1
   config.training.update(
@@ -72,6 +73,15 @@ def get_config(variant=None):
     'pictures': {'split': 'test', 'examples': 3},
   }
   derivations.derive(config, chosen, default='spectral_residual')
+  # Attention and what it sees at twice the rate: the machine finds the start
+  # and the goal before step 750, not after step 2,000.
+  slow = config.optimizer.groups['rest' if 'frozen' in chosen else 'all']
+  config.optimizer.groups.look = slow.to_dict() | {
+    'pattern': f'^({LOOK})',
+    'lr_scale': 2.0,
+  }
+  not_stored = 'nlm/w2$|' if 'frozen' in chosen else ''
+  slow.pattern = f'^(?!{not_stored}{LOOK})'
   if 'smoke' in chosen:
     config.task.update(route=4, eval_size=64)
     config.model.update(width=32, input_width=16, ticks=3, memory=4)

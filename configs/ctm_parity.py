@@ -54,7 +54,7 @@ def get_config(variant=None):
   config.optimizer.schedule.warmup_steps = 200
   config.optimizer.groups.all.weight_decay = 0.1
   config.training.update(
-    steps=6000,
+    steps=8000,
     batch_size=64,
     steps_per_dispatch=50,
     ema_decay=0.995,

@@ -79,7 +79,7 @@ def accuracy_alone(data: dict) -> dict:
 
 def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
   """Trains an experiment, unless it is finished, and measures it."""
-  from recursive_weights import build
+  from recursive_weights import build, interfaces
   from recursive_weights.evaluators import compression
   from recursive_weights.training import loop, metrics
 
@@ -90,6 +90,10 @@ def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
     results = json.loads(finished.read_text())
   else:
     results = loop.run(experiment, str(workdir))
+  if not results:
+    raise interfaces.UserError(
+      f'{name} was interrupted; the same command goes on from there'
+    )
   history = metrics.read(workdir / 'metrics.jsonl')
   steps_N = np.array([x['step'] for x in history if 'train/loss' in x])
   curve_EN = compression.curves(history, 'train/loss')

@@ -101,3 +101,26 @@ def write_npz(path: pathlib.Path, params: Tree) -> None:
     for key, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   np.savez(path, **arrays)
+
+
+def export(source: str | pathlib.Path, name: str) -> pathlib.Path:
+  """Ships a run's weights as `pretrained/NAME`, float32, for `pretrained`.
+
+  Args:
+    source: a finished workdir of train.py.
+    name: of the folder to write.
+
+  Returns:
+    The folder, with `weights.npz`, `config.json` and the run's
+    `results.json`.
+  """
+  from recursive_weights import build
+
+  config, load = workdir(source)
+  folder = PRETRAINED / name
+  folder.mkdir(parents=True, exist_ok=True)
+  write_npz(folder / 'weights.npz', load(build.parameter_shapes(config)))
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+  results = pathlib.Path(source) / 'results.json'
+  (folder / 'results.json').write_text(results.read_text())
+  return folder

@@ -228,6 +228,23 @@ def test_evaluation_from_the_checkpoint_alone(cache, whole, tmp_path):
   assert json.loads((tmp_path / 'results.json').read_text()) == results
 
 
+@pytest.mark.slow
+def test_shipped_weights_reach_what_they_say(cache):
+  """Within float32 rounding of another machine: one example may flip."""
+  code, out, err = run(
+    cache,
+    'eval.py',
+    '--pretrained=ctm_digits',
+    '--config.evaluators.after.early_exit.thresholds=(0.9,)',
+  )
+  assert code == 0, err
+  results = json.loads(out.splitlines()[-1])
+  folder = ROOT / 'recursive_weights' / 'pretrained' / 'ctm_digits'
+  stated = json.loads((folder / 'results.json').read_text())
+  assert stated['test/accuracy'] >= 0.97
+  assert abs(results['test/accuracy'] - stated['test/accuracy']) < 0.003
+
+
 BAD = {
   'unknown field': (
     ['--config=configs/ctm_digits.py', '--config.model.wdth=3'],

@@ -7,19 +7,34 @@ import numpy as np
 
 from recursive_weights.plots import _figure
 
-# Wall, open, start (blue), goal (green).
+# Wall, open, start, goal.
 _MAZE_COLOURS = np.array(
   [[0.20, 0.22, 0.27], [1, 1, 1], [0.0, 0.45, 0.70], [0.0, 0.62, 0.45]]
 )
+_PIXELS = 15  # of a side of a square of a maze
 _LOOK = _figure.COLOURS[1]
 _NEUTRAL = '#444444'
 _VERDICT = ('#AA3377', '#00805C')  # wrong, right
 
 
 def maze_picture(tokens) -> np.ndarray:
-  """Colours of a maze: tokens `[size^2]` to RGB `[size, size, 3]`."""
+  """A maze as a person sees it: tokens `[size^2]` to RGB `[h, h, 3]`.
+
+  The start is a blue disc, the goal a green ring, both on an open square, so
+  that they differ by shape too: attention tints all colours.
+  """
   side = math.isqrt(len(tokens))
-  return _MAZE_COLOURS[np.asarray(tokens)].reshape(side, side, 3)
+  grid_XX = np.asarray(tokens).reshape(side, side)
+  middle = np.arange(_PIXELS) - (_PIXELS - 1) / 2
+  radius_NN = np.hypot(middle[:, None], middle[None, :]) / _PIXELS
+  square_NN = np.ones_like(radius_NN, bool)
+  disc_NN = radius_NN < 0.36
+  ring_NN = (0.2 < radius_NN) & (radius_NN < 0.42)
+  shapes_VNN = np.stack([square_NN, square_NN, disc_NN, ring_NN])
+  inside_XNXN = shapes_VNN[grid_XX].swapaxes(1, 2)[..., None]
+  colour_X1X1 = _MAZE_COLOURS[grid_XX][:, None, :, None]
+  picture = np.where(inside_XNXN, colour_X1X1, 1.0)
+  return picture.reshape(side * _PIXELS, side * _PIXELS, 3)
 
 
 def strip(

@@ -19,30 +19,20 @@ from absl import flags
 
 from recursive_weights import command
 
-_log = logging.getLogger(__name__)
-
-_CONFIG = flags.DEFINE_string('config', None, 'configs/NAME.py')
-_VARIANTS = flags.DEFINE_string(
-  'variants', None, "variants, the baseline first: 'independent;power,rank4'"
-)
-_SEEDS = flags.DEFINE_integer('num_seeds', 3, 'seeds of each variant')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'folder of all runs')
+_log = logging.getLogger('recursive_weights.compare')  # even as __main__
 
 
 def main(overrides):
   from recursive_weights import interfaces
 
-  for name, value in (
-    ('config', _CONFIG.value),
-    ('variants', _VARIANTS.value),
-    ('workdir', _WORKDIR.value),
-  ):
-    if not value:
+  given = flags.FLAGS
+  for name in ('config', 'variants', 'workdir'):
+    if not given[name].value:
       raise interfaces.UserError(f'give --{name}')
-  folder = pathlib.Path(_WORKDIR.value)
-  overrides = [*overrides, f'--config.num_seeds={_SEEDS.value}']
-  variants = [v.strip() for v in _VARIANTS.value.split(';') if v.strip()]
-  rows = [train(_CONFIG.value, v, overrides, folder) for v in variants]
+  folder = pathlib.Path(given.workdir)
+  overrides = [*overrides, f'--config.num_seeds={given.num_seeds}']
+  variants = [v.strip() for v in given.variants.split(';') if v.strip()]
+  rows = [train(given.config, v, overrides, folder) for v in variants]
   for row in rows:
     row |= against(row, rows[0])
   (folder / 'table.json').write_text(json.dumps(rows, indent=1) + '\n')
@@ -86,7 +76,8 @@ def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
   data = experiment.config
   loop.check_workdir(workdir, data)
   finished = workdir / 'results.json'
-  if finished.exists():  # maybe on another machine
+  if finished.exists() and steps_of(workdir) == data['training']['steps']:
+    # Maybe on another machine, so that there is no checkpoint here.
     results = json.loads(finished.read_text())
   else:
     results = loop.run(experiment, str(workdir))
@@ -111,6 +102,13 @@ def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
     'results': {k: v for k, v in results.items() if '@' not in k},
     'final_loss_by_seed': compression.final(curve_EN).tolist(),
   }
+
+
+def steps_of(workdir: pathlib.Path) -> int:
+  """How many steps a run was to take, by its stored config."""
+  from recursive_weights.training import checkpoints
+
+  return checkpoints.read_config(workdir)['training']['steps']
 
 
 def mean_std(values) -> tuple[float, float]:
@@ -184,4 +182,11 @@ def picture(variants: list[str], folder: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
+  # Here, because `transfer` imports this module and has flags of these names.
+  flags.DEFINE_string('config', None, 'configs/NAME.py')
+  flags.DEFINE_string(
+    'variants', None, "variants, the baseline first: 'independent;power,rank4'"
+  )
+  flags.DEFINE_integer('num_seeds', 3, 'seeds of each variant')
+  flags.DEFINE_string('workdir', None, 'folder of all runs')
   command.run(main, __doc__)

@@ -22,7 +22,7 @@ from absl import flags
 
 from recursive_weights import command
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger('recursive_weights.transfer')  # even as __main__
 
 _CONFIG = flags.DEFINE_string('config', None, 'configs/NAME.py:variant')
 _TRAINED = flags.DEFINE_string('trained', None, 'workdir that T comes from')

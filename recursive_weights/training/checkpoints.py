@@ -12,6 +12,7 @@ A checkpoint whose digest, tree or config is not what it should be is refused
 with the reason, and the one before it is used.
 """
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
 from recursive_weights.interfaces import Tree, UserError
@@ -92,13 +94,36 @@ class Refused(Exception):
   """A checkpoint that cannot be used, and why."""
 
 
+class _Best(keeping.PreservationPolicy):
+  """Preserves the checkpoint with the best score, the newest of equals.
+
+  orbax forgets metrics from one life of a run to the next, `scores` does not.
+  """
+
+  def __init__(self, scores: dict[int, float], mode: str):
+    self._scores = scores
+    self._sign = 1 if mode == 'max' else -1
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    steps = [c.step for c in checkpoints if c.step in self._scores]
+    best = max(
+      steps, key=lambda s: (self._sign * self._scores[s], s), default=None
+    )
+    return [c.step == best for c in checkpoints]
+
+
 class Checkpoints(NamedTuple):
-  """A folder of checkpoints; `manager` owns its threads: `close` it."""
+  """A folder of checkpoints; `manager` owns its threads: `close` it.
+
+  scores: by step, the value of the metric `best` of every checkpoint.
+  """
 
   folder: pathlib.Path
   manager: ocp.CheckpointManager
   config: dict[str, Any]
   best: str
+  scores: dict[int, float]
 
   def save(self, state: State, metrics: dict[str, float]) -> None:
     """Begins to save; returns once the state is copied off the device."""
@@ -115,6 +140,9 @@ class Checkpoints(NamedTuple):
     # A CPU array may be written while the next step reuses its donated
     # buffer, so the writer gets a copy.
     items = jax.tree.map(jax.numpy.copy, items)
+    self.scores.pop(step, None)
+    if self.best in metrics:
+      self.scores[step] = metrics[self.best]
     self.manager.save(
       step,
       args=ocp.args.Composite(
@@ -122,7 +150,6 @@ class Checkpoints(NamedTuple):
         about=ocp.args.JsonSave(about),
         **{name: ocp.args.StandardSave(item) for name, item in items.items()},
       ),
-      metrics=metrics if self.best in metrics else None,
     )
 
   def steps(self) -> list[int]:
@@ -156,14 +183,11 @@ class Checkpoints(NamedTuple):
         reasons.append(f'{self.path(step)} is refused: {refusal}')
         _log.warning('%s', reasons[-1])
         continue
-      for bad in [s for s in self.steps() if s > step]:
-        target = self.folder.parent / 'refused' / str(bad)
-        target.parent.mkdir(exist_ok=True)
-        while target.exists():
-          target = target.with_name(target.name + '-again')
-        self.path(bad).rename(target)
-        _log.warning('%s is moved to %s', self.path(bad), target)
       if reasons:
+        if jax.process_index() == 0:
+          self._move_aside([s for s in self.steps() if s > step])
+        if jax.process_count() > 1:
+          multihost_utils.sync_global_devices('refused checkpoints are moved')
         self.manager.reload()
       return state
     if reasons:
@@ -173,6 +197,15 @@ class Checkpoints(NamedTuple):
         + '. Choose another --workdir, or remove the folder to start afresh.'
       )
     return None
+
+  def _move_aside(self, steps: list[int]) -> None:
+    for bad in steps:
+      target = self.folder.parent / 'refused' / str(bad)
+      target.parent.mkdir(exist_ok=True)
+      while target.exists():
+        target = target.with_name(target.name + '-again')
+      self.path(bad).rename(target)
+      _log.warning('%s is moved to %s', self.path(bad), target)
 
   def wait(self) -> None:
     self.manager.wait_until_finished()
@@ -198,18 +231,15 @@ def open_folder(
     best: name of the metric whose best checkpoint stays too, '' for none.
     mode: 'max' or 'min': which value of `best` is best.
   """
+  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'workdir {workdir} cannot be made: {error}') from error
+  scores = _scores(folder, best) if best else {}
   policies: list = [keeping.LatestN(keep)]
   if best:
-    policies.append(
-      keeping.BestN(
-        get_metric_fn=lambda metrics: metrics[best],
-        reverse=mode == 'min',
-        n=1,
-        keep_checkpoints_without_metrics=False,
-      )
-    )
-  folder = pathlib.Path(workdir).absolute() / 'checkpoints'
-  folder.mkdir(parents=True, exist_ok=True)
+    policies.append(_Best(scores, mode))
   manager = ocp.CheckpointManager(
     folder,
     options=ocp.CheckpointManagerOptions(
@@ -225,7 +255,7 @@ def open_folder(
       'rest': ocp.StandardCheckpointHandler(),
     },
   )
-  return Checkpoints(folder, manager, config, best)
+  return Checkpoints(folder, manager, config, best, scores)
 
 
 def _read_json(path: pathlib.Path) -> dict:
@@ -233,6 +263,19 @@ def _read_json(path: pathlib.Path) -> dict:
     return json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise Refused(f'{path.name} cannot be read ({error})') from error
+
+
+def _scores(folder: pathlib.Path, best: str) -> dict[int, float]:
+  """Metric `best` by step, of the intact checkpoints that have it."""
+  scores = {}
+  for path in folder.glob('*'):
+    if not path.name.isdigit():
+      continue
+    with contextlib.suppress(Refused):
+      metrics = _read_json(path / 'about' / 'about.json')['metrics']
+      if best in metrics:
+        scores[int(path.name)] = metrics[best]
+  return scores
 
 
 def _restore(
@@ -320,16 +363,17 @@ def load(
 
 
 def best_folder(workdir: str | pathlib.Path, best: str, mode: str):
-  """The checkpoint folder with the best value of metric `best`."""
-  scores = {}
-  for folder in folders(workdir):
-    metrics = _read_json(folder / 'about' / 'about.json')['metrics']
-    if best in metrics:
-      scores[folder] = metrics[best]
+  """The checkpoint folder with the best value of metric `best`.
+
+  Raises:
+    UserError: no checkpoint, or none that has the metric.
+  """
+  parent = folders(workdir)[0].parent
+  scores = _scores(parent, best)
   if not scores:
     raise UserError(f'no checkpoint in {workdir} has the metric {best!r}')
-  choose = max if mode == 'max' else min
-  return choose(scores, key=scores.__getitem__)
+  sign = 1 if mode == 'max' else -1
+  return parent / str(max(scores, key=lambda s: (sign * scores[s], s)))
 
 
 def load_state(

@@ -50,6 +50,22 @@ def test_keeps_the_newest_and_the_best(tmp_path):
   saved.close()
 
 
+def test_the_best_stays_when_the_run_goes_on(tmp_path):
+  experiment = toy.experiment()
+  state = jax.jit(experiment.init)(np.int32(0))
+  for lives in ((1, 2), (3, 4, 5)):
+    saved = checkpoints.open_folder(
+      tmp_path, experiment.config, keep=1, best='score'
+    )
+    for step in lives:
+      saved.save(
+        state._replace(step=jax.numpy.int32(step)), {'score': 1 / step}
+      )
+    saved.wait()
+    assert saved.steps() == [1, lives[-1]]
+    saved.close()
+
+
 def test_restoring_what_was_saved_changes_nothing(run, tmp_path):
   saved, abstract = run
   state = saved.restore(30, abstract)

@@ -40,7 +40,7 @@ def main(overrides):
   data = config.to_data(command.override(config.from_data(stored), overrides))
   results = build.evaluate(data, load, output_dir=_OUTPUT.value or '')
   print(metrics.table(results))
-  text = json.dumps(results)
+  text = json.dumps(metrics.finite(results))
   if _OUTPUT.value:
     folder = pathlib.Path(_OUTPUT.value)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def get_config(variant=None):
     'input_width': 64,
     'heads': 4,
     'memory': 10,
-    'ticks': 15,
+    'ticks': 20,
     'nlm': {'hidden': 8, 'activation': 'glu', 'layers': 0, 'norm': False},
     'synapse_depth': 1,
     'pairing': 'first-last',
@@ -54,7 +54,7 @@ def get_config(variant=None):
   config.optimizer.schedule.warmup_steps = 200
   config.optimizer.groups.all.weight_decay = 0.1
   config.training.update(
-    steps=8000,
+    steps=6000,
     batch_size=64,
     steps_per_dispatch=50,
     ema_decay=0.995,

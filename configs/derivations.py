@@ -7,6 +7,8 @@ each hidden layer. The way up of a U-Net is derived from its way down.
 
 import ml_collections
 
+from recursive_weights.interfaces import UserError
+
 # T in W2 = T(contract(W1)).
 OPERATORS = {
   'linear': {'bottleneck': 32},
@@ -47,7 +49,7 @@ def derive(
   """Sets `config.recursive.rules` (and groups) for the chosen variants."""
   operators = [name for name in OPERATORS if name in chosen]
   if len(operators) > 1:
-    raise ValueError(f'choose one operator, got {operators}')
+    raise UserError(f'choose one operator, got {", ".join(operators)}')
   if 'frozen' in chosen:
     everything = config.optimizer.groups.all.copy_and_resolve_references()
     config.optimizer.groups = {

@@ -93,6 +93,9 @@ def check(config: dict[str, Any]) -> list[str]:
     errors.append(
       f'training.ema_decay must lie in [0, 1), got {train["ema_decay"]}'
     )
+  largest = 2**31 - max(config['num_seeds'], 1)
+  if not 0 <= config['seed'] <= largest:
+    errors.append(f'seed must lie in [0, {largest}], got {config["seed"]}')
   if config['max_minutes'] < 0:
     errors.append(f'max_minutes must be >= 0, got {config["max_minutes"]}')
   if config['dtype'] not in DTYPES:
@@ -276,17 +279,18 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
 
 
 def evaluate(
-  config: dict[str, Any], load: Callable[[Any], Any], output_dir: str = ''
+  config: dict[str, Any], load: Callable[[Any, bool], Any], output_dir: str = ''
 ) -> dict[str, float]:
   """Final metrics of trained weights.
 
   Args:
     config: plain data, as stored beside the weights, maybe with overrides.
-    load: `shapes of the parameters -> parameters` (see `restore`).
+    load: `(shapes of the parameters, raw) -> parameters` (see `restore`).
     output_dir: where evaluators may write files, '' for nowhere.
   """
   experiment = build(config, output_dir)
-  return evaluate_all(experiment.after, load(parameter_shapes(config)), config)
+  params = load(parameter_shapes(config), config['raw'])
+  return evaluate_all(experiment.after, params, config)
 
 
 def parameter_shapes(config: dict[str, Any]):

@@ -161,5 +161,7 @@ def run(main: Callable[[list[str]], None], description: str) -> None:
       fail(str(error))
     except Diverged as error:
       fail(str(error), code=3)
+    except KeyboardInterrupt:
+      fail('interrupted', code=130)
 
   app.run(guarded, argv=rest[:1], flags_parser=lambda argv: argv)

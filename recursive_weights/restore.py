@@ -11,7 +11,8 @@ import numpy as np
 from recursive_weights.interfaces import Tree, UserError
 from recursive_weights.training import checkpoints
 
-Load = Callable[[Tree], Tree]  # shapes of the parameters -> parameters
+# (shapes of the parameters, raw) -> parameters, see `config.raw`.
+Load = Callable[[Tree, bool], Tree]
 
 PRETRAINED = pathlib.Path(__file__).parent / 'pretrained'
 
@@ -26,8 +27,8 @@ def workdir(
     best: take the best checkpoint by `config.checkpoint.best`.
 
   Returns:
-    The config as plain data, and `load(shapes) -> params`: the average (EMA)
-    where there is one and the config does not say `raw`.
+    The config as plain data, and `load(shapes, raw) -> params`: the average
+    (EMA) where there is one and `raw` is not asked for.
 
   Raises:
     UserError: no such folder, or no checkpoint in it can be used.
@@ -40,16 +41,16 @@ def workdir(
     path = checkpoints.best_folder(
       path, config['checkpoint']['best'], config['checkpoint']['mode']
     )
-  averaged = config['training']['ema_decay'] > 0 and not config['raw']
+  has_average = config['training']['ema_decay'] > 0
 
-  def load(shapes):
+  def load(shapes, raw):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
       lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device),
       shapes,
     )
     items, _ = checkpoints.load(
-      path, {'ema' if averaged else 'params': abstract}
+      path, {'ema' if has_average and not raw else 'params': abstract}
     )
     (params,) = items.values()
     return params
@@ -74,7 +75,7 @@ def pretrained(name: str) -> tuple[dict[str, Any], Load]:
   folder = PRETRAINED / name
   return json.loads(
     (folder / 'config.json').read_text()
-  ), lambda shapes: read_npz(folder / 'weights.npz', shapes)
+  ), lambda shapes, raw: read_npz(folder / 'weights.npz', shapes)
 
 
 def read_npz(path: pathlib.Path, shapes: Tree) -> Tree:
@@ -119,7 +120,8 @@ def export(source: str | pathlib.Path, name: str) -> pathlib.Path:
   config, load = workdir(source)
   folder = PRETRAINED / name
   folder.mkdir(parents=True, exist_ok=True)
-  write_npz(folder / 'weights.npz', load(build.parameter_shapes(config)))
+  params = load(build.parameter_shapes(config), config['raw'])
+  write_npz(folder / 'weights.npz', params)
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
   results = pathlib.Path(source) / 'results.json'
   (folder / 'results.json').write_text(results.read_text())

@@ -63,7 +63,7 @@ def read_operators(workdir: str):
   from recursive_weights.interfaces import UserError
 
   stored, load = restore.workdir(workdir)
-  params = load(build.parameter_shapes(stored))
+  params = load(build.parameter_shapes(stored), stored['raw'])
   if 'operators' not in params:
     raise UserError(f'{workdir} derives no weights: it has no T to move')
   operators = params['operators']

@@ -340,8 +340,9 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
     )
   if not 0 <= given['dropout'] < 1:
     raise UserError(f'dropout must be in [0, 1), got {given["dropout"]}')
-  if given['vocabulary'] < 0:
-    raise UserError(f'vocabulary must be >= 0, got {given["vocabulary"]}')
+  for name in ('vocabulary', 'seed'):
+    if given[name] < 0:
+      raise UserError(f'{name} must be >= 0, got {given[name]}')
   if spec.classes < 2:
     raise UserError(f'the task must have >= 2 classes, got {spec.classes}')
   integer = jnp.issubdtype(spec.inputs.dtype, jnp.integer)

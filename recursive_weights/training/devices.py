@@ -66,6 +66,7 @@ def make(
   strategy: str,
   *,
   batch_size: int,
+  accumulation: int = 1,
   seeds: int = 1,
   model_parallel: int = 1,
   min_size: int = 1024,
@@ -77,6 +78,7 @@ def make(
       along its leaves' largest axes too) or 'pmap' (`jax.pmap`, one replica a
       device).
     batch_size: the global batch; the data axis must divide it.
+    accumulation: micro-batches; under 'pmap' they divide each device's rows.
     seeds: members trained by vmap; leaves then have a leading axis E.
     model_parallel: size of the mesh's 'model' axis.
     min_size: leaves with fewer elements are not split by 'fsdp'.
@@ -147,6 +149,11 @@ def make(
       'devices.strategy pmap serves one process: use data or fsdp for several'
     )
   devices = jax.device_count()
+  if batch_size // devices % accumulation:
+    raise UserError(
+      'training.accumulation must divide the rows of each device under the '
+      f'pmap strategy, {batch_size // devices}, got {accumulation}'
+    )
   rows = 0 if seeds == 1 else 1  # the batch axis of a carry's leaves
 
   def split_rows(x, axis):
@@ -209,12 +216,15 @@ def initialize(
 ) -> None:
   """Joins the hosts of one training; nothing to do for a single process."""
   if coordinator_address is None:
-    if num_processes not in (None, 1):
+    if num_processes not in (None, 1) or process_id not in (None, 0):
       raise UserError(
-        f'num_processes is {num_processes}: give --coordinator_address '
-        '(HOST:PORT of process 0) too'
+        f'num_processes is {num_processes} and process_id is {process_id}: '
+        'give --coordinator_address (HOST:PORT of process 0) too'
       )
     return
   # Only read on CPU, where several processes talk through gloo.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  try:
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  except ValueError as error:  # an argument is missing or out of range
+    raise UserError(f'the processes cannot be joined: {error}') from error

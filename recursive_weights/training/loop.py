@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from recursive_weights.interfaces import Evaluator, Task, Tree, UserError
@@ -80,7 +81,10 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
   seeds = config['num_seeds']
 
   placement = devices.make(
-    batch_size=train['batch_size'], seeds=seeds, **config['devices']
+    batch_size=train['batch_size'],
+    accumulation=train['accumulation'],
+    seeds=seeds,
+    **config['devices'],
   )
   with contextlib.ExitStack() as stack, _Interrupt() as interrupted:
     init, abstract = _initial(experiment, placement)
@@ -107,6 +111,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
     results_path = folder / 'results.json'
     if finished and results_path.exists():
       results = json.loads(results_path.read_text())
+      results = {k: math.nan if v is None else v for k, v in results.items()}
       if results.pop('step') == step:
         _log.info('%s is finished; nothing to do', folder)
         return results
@@ -197,7 +202,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       _log.info('stopped early at step %d: %s', step, stop)
     results = evaluate_all(experiment.after, judged(plain, config), config)
     if main:
-      _write_json(results_path, {'step': step} | results)
+      _write_json(results_path, {'step': step} | metrics.finite(results))
     return results
 
 
@@ -223,7 +228,12 @@ def evaluate_all(
 
 def judged(state: State, config: dict) -> Tree:
   """The parameters that evaluators see: the EMA unless `raw` or none."""
-  return state.params if config['raw'] or not state.ema else state.ema
+  params = state.params if config['raw'] or not state.ema else state.ema
+  if jax.process_count() == 1:
+    return params
+  # Outputs of weights that are split over hosts may be split too, and no host
+  # could read them. With whole weights each one evaluates by itself.
+  return multihost_utils.process_allgather(params, tiled=True)
 
 
 def check_workdir(folder: pathlib.Path, config: dict) -> None:
@@ -394,7 +404,10 @@ def _worst(values):
 
 
 class _Interrupt:
-  """SIGTERM and SIGINT ask the loop to save and leave between dispatches."""
+  """SIGTERM and SIGINT ask the loop to save and leave between dispatches.
+
+  A second SIGINT (Ctrl-C) does not wait: the last checkpoint stays as it is.
+  """
 
   def __init__(self):
     self.reason = ''
@@ -406,8 +419,6 @@ class _Interrupt:
     if jax.process_count() == 1:
       return bool(self.reason)
     # All hosts leave at the same step, whichever was told first.
-    from jax.experimental import multihost_utils
-
     told = multihost_utils.process_allgather(np.bool_(bool(self.reason)))
     if told.any():
       self.ask('another host was told to stop')
@@ -418,10 +429,14 @@ class _Interrupt:
     for name in ('SIGTERM', 'SIGINT'):
       number = getattr(signal, name)
       with contextlib.suppress(ValueError):  # not the main thread
-        self._before[number] = signal.signal(
-          number, lambda n, _: self.ask(signal.Signals(n).name)
-        )
+        self._before[number] = signal.signal(number, self._signalled)
     return self
+
+  def _signalled(self, number, _):
+    name = signal.Signals(number).name
+    if name == 'SIGINT' == self.reason:
+      raise KeyboardInterrupt
+    self.ask(name)
 
   def __exit__(self, *_):
     for number, handler in self._before.items():

@@ -60,11 +60,7 @@ class Writer:
         )
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    # JSON has no NaN; a diverged metric is written as null.
-    line = {'step': step} | {
-      name: value if math.isfinite(value) else None
-      for name, value in values.items()
-    }
+    line = {'step': step} | finite(values)
     self.history.append(line)
     if not self._writes:
       return
@@ -89,6 +85,11 @@ class Writer:
   def close(self) -> None:
     if self._board:
       self._board.close()
+
+
+def finite(values: dict[str, float]) -> dict[str, float | None]:
+  """Values for JSON, which has no NaN and no infinity: None in their place."""
+  return {k: v if math.isfinite(v) else None for k, v in values.items()}
 
 
 def table(values: dict[str, float], title: str = '') -> str:

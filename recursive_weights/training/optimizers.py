@@ -118,6 +118,14 @@ def label(params: Tree, patterns: dict[str, str]) -> Tree:
       that meets no leaf.
   """
   names = path_names(params)
+  for group, pattern in patterns.items():
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise UserError(
+        f'optimizer.groups.{group}.pattern {pattern!r} is no regular '
+        f'expression: {error}'
+      ) from error
   hits = {
     name: [g for g, pattern in patterns.items() if re.search(pattern, name)]
     for name in names
@@ -170,6 +178,11 @@ def make(
   """
   if learning_rate <= 0:
     raise UserError(f'optimizer.learning_rate must be > 0, got {learning_rate}')
+  if clip_norm < 0:
+    raise UserError(f'optimizer.clip_norm must be >= 0, got {clip_norm}')
+  for field, beta in (('b1', b1), ('b2', b2)):
+    if not 0 <= beta < 1:
+      raise UserError(f'optimizer.{field} must lie in [0, 1), got {beta}')
   rate = _schedule(learning_rate, steps, **schedule)
   moments = {
     'adamw': lambda: optax.scale_by_adam(b1, b2, eps),

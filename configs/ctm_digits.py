@@ -32,6 +32,7 @@ def get_config(variant=None):
     'ticks': 10,
     'nlm': {'hidden': 8, 'activation': 'glu', 'layers': 0, 'norm': False},
     'synapse_depth': 1,
+    'stem': 32,
     'pairing': 'random-pairing',
     'sync_out': 128,
     'sync_action': 64,
@@ -47,7 +48,7 @@ def get_config(variant=None):
   config.optimizer.schedule.warmup_steps = 100
   config.optimizer.groups.all.weight_decay = 0.1
   config.training.update(
-    steps=5000,
+    steps=4000,
     batch_size=64,
     steps_per_dispatch=25,
     ema_decay=0.995,
@@ -78,7 +79,7 @@ def get_config(variant=None):
       config.model.width = 114
   derivations.derive(config, chosen, default='spectral_residual')
   if 'smoke' in chosen:
-    config.model.update(width=32, input_width=16, ticks=3, memory=4)
+    config.model.update(width=32, input_width=16, ticks=3, memory=4, stem=4)
     config.model.update(sync_out=16, sync_action=16, self_pairs=2)
     config.training.update(
       steps=6, batch_size=16, steps_per_dispatch=2, report_every=2

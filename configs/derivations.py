@@ -50,6 +50,11 @@ def derive(
   operators = [name for name in OPERATORS if name in chosen]
   if len(operators) > 1:
     raise UserError(f'choose one operator, got {", ".join(operators)}')
+  alone = sorted(chosen & {'independent', 'frozen', 'shared'})
+  if len(alone) + len(operators) > 1:
+    raise UserError(
+      f'choose one of {", ".join(alone + operators)}: they exclude each other'
+    )
   if 'frozen' in chosen:
     everything = config.optimizer.groups.all.copy_and_resolve_references()
     config.optimizer.groups = {

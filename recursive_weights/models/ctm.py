@@ -4,6 +4,7 @@ Source: L. Darlow, C. Regan, S. Risi, J. Seely, L. Jones, Continuous Thought
 Machines, 2025 (arXiv 2505.05522).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,7 @@ def make(
   sync_action: int = 32,
   self_pairs: int = 0,
   position: str = 'learned',
+  stem: int = 0,
   vocabulary: int = 0,
   dropout: float = 0.0,
   gate: bool = False,
@@ -91,6 +93,8 @@ def make(
       synchronised for the answer and for attention.
     self_pairs: of these, pairs of a neuron with itself ('random-pairing').
     position: 'learned', 'rotation' or 'none', see `ctm_attention.init`.
+    stem: channels of a convolutional stem on float inputs that are a square
+      read row by row; 0 for none.
     vocabulary: number of tokens; 0 for as many as classes.
     dropout: rate on attention, synapses and histories, in training.
     gate: adaptive gate on histories (one gate per slot); without it no part
@@ -125,7 +129,13 @@ def make(
       )
     keys = jax.random.split(key, 6)
     features, attention = ctm_attention.init(
-      keys[0], spec.inputs, tokens, input_width, pairs['action'].size, position
+      keys[0],
+      spec.inputs,
+      tokens,
+      input_width,
+      pairs['action'].size,
+      position,
+      stem,
     )
     return {
       'features': features,
@@ -340,7 +350,7 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
     )
   if not 0 <= given['dropout'] < 1:
     raise UserError(f'dropout must be in [0, 1), got {given["dropout"]}')
-  for name in ('vocabulary', 'seed'):
+  for name in ('vocabulary', 'seed', 'stem'):
     if given[name] < 0:
       raise UserError(f'{name} must be >= 0, got {given[name]}')
   if spec.classes < 2:
@@ -350,4 +360,10 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
     raise UserError(
       'inputs must be integer tokens [T] or float vectors [T, C], got '
       f'{spec.inputs.dtype}{list(spec.inputs.shape)}'
+    )
+  length = spec.inputs.shape[0]
+  if given['stem'] and (integer or math.isqrt(length) ** 2 != length):
+    raise UserError(
+      'stem must be 0 unless inputs are float vectors of a square of places, '
+      f'got {given["stem"]} for {spec.inputs.dtype}{list(spec.inputs.shape)}'
     )

@@ -10,6 +10,8 @@ weights around it: attention is `sync @ scores`, a masked softmax, and
 `@ values`, without keys and values per example.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,13 @@ def uses_table(inputs, vocabulary: int, heads: int, input_width: int) -> bool:
 
 
 def init(
-  key: Array, inputs, vocabulary: int, width: int, pairs: int, position: str
+  key: Array,
+  inputs,
+  vocabulary: int,
+  width: int,
+  pairs: int,
+  position: str,
+  stem: int = 0,
 ) -> tuple[Tree, Tree]:
   """Parameters `features` and `attention`.
 
@@ -43,6 +51,8 @@ def init(
     position: 'learned': a vector for each position; 'rotation': a dense layer
       of (-sin, cos) of an angle that goes from 0 to pi over the positions;
       'none'.
+    stem: channels of two 3x3 convolutions over float inputs, whose T places
+      are then a square read row by row; 0 for none.
   """
   keys = iter(jax.random.split(key, 12))
   features: Tree = {
@@ -53,7 +63,8 @@ def init(
     table = jax.random.normal(next(keys), (vocabulary, width))
     features['embedding'] = table
   else:
-    features['dense'] = dense.init(next(keys), inputs.shape[-1], width)
+    channels = stem or inputs.shape[-1]
+    features['dense'] = dense.init(next(keys), channels, width)
   if position == 'learned':
     shape = (inputs.shape[0], width)
     features['position'] = 0.5 * jax.random.normal(next(keys), shape)
@@ -67,7 +78,36 @@ def init(
     attention[name] = {'kernel': kernel, 'bias': jnp.zeros([width])}
   out = dense.init(next(keys), width, width)
   attention['out'] = out | {'bias': jnp.zeros([width])}
+  if stem:
+    features['stem'] = {
+      'first': _convolution(next(keys), inputs.shape[-1], stem),
+      'second': _convolution(next(keys), stem, stem),
+    }
   return features, attention
+
+
+def _convolution(key, inputs, outputs):
+  kernel = dense.uniform(key, (3, 3, inputs, outputs), 1 / np.sqrt(9 * inputs))
+  return {'kernel': kernel, 'bias': jnp.zeros([outputs])}
+
+
+def _stem(params, x_BTC, dtype):
+  """`[B, T, C]` to `[B, T, channels]`: SiLU(conv), twice, same size."""
+  batch, length, channels = x_BTC.shape
+  side = math.isqrt(length)
+  x_BXYC = x_BTC.astype(dtype).reshape(batch, side, side, channels)
+  for name in ('first', 'second'):
+    weights = params[name]
+    x_BXYC = jax.lax.conv_general_dilated(
+      x_BXYC,
+      weights['kernel'].astype(dtype),
+      window_strides=(1, 1),
+      padding='SAME',
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    bias = weights['bias'].astype(dtype)[None, None, None]
+    x_BXYC = jax.nn.silu(x_BXYC + bias)
+  return x_BXYC.reshape(batch, length, -1)
 
 
 def tokens(params: Tree, inputs: Array, dtype) -> Array:
@@ -75,7 +115,10 @@ def tokens(params: Tree, inputs: Array, dtype) -> Array:
   if 'embedding' in params:
     x = params['embedding'].astype(dtype)[inputs]
   else:
-    x = dense.apply(params['dense'], inputs.astype(dtype))
+    x = inputs.astype(dtype)
+    if 'stem' in params:
+      x = _stem(params['stem'], x, dtype)
+    x = dense.apply(params['dense'], x)
   length = x.shape[-2]
   place_TI = None
   if 'position' in params:

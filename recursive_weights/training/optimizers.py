@@ -205,7 +205,13 @@ def make(
     return optax.chain(*parts)
 
   labels = label(params, {g: fields['pattern'] for g, fields in groups.items()})
-  parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  still = {g for g, fields in groups.items() if fields.get('frozen')}
+  parts = []
+  if still:  # what never moves must not scale the others' updates
+    frozen = jax.tree.map(lambda g: g in still, labels)
+    parts.append(optax.masked(optax.set_to_zero(), frozen))
+  if clip_norm:
+    parts.append(optax.clip_by_global_norm(clip_norm))
   parts.append(
     optax.partition({g: group(**f) for g, f in groups.items()}, labels)
   )

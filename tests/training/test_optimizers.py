@@ -111,6 +111,16 @@ def test_groups_freeze_scale_and_decay():
   )
 
 
+def test_frozen_gradients_do_not_count_for_clipping():
+  groups = {'frozen': group('^c', frozen=True), 'rest': group('a/')}
+  optimizer = build(
+    groups, name='sgd', b1=0.0, learning_rate=1.0, clip_norm=0.5
+  )
+  (g,) = gradients(1)
+  loud = g | {'c': 1e6 * g['c']}
+  chex.assert_trees_all_equal(train(optimizer, [g]), train(optimizer, [loud]))
+
+
 def test_every_leaf_has_one_group_and_every_pattern_a_leaf():
   with pytest.raises(UserError) as error:
     build({'x': group('a/'), 'y': group('w'), 'z': group('nothing')})

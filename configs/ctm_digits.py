@@ -7,10 +7,19 @@ are derived from the input weights, W2 = T(contract(W1)).
 
   python train.py --config=configs/ctm_digits.py --workdir=runs/ctm_digits
 
+@@DIGITS@@
+
+What it took: without the convolutional stem held-out accuracy was .969 to .981
+from run to run; with W2 the plain mean of W1's slots (`mean_contraction`),
+which starts too small, .51 of validation digits after 250 steps where a stored
+W2 had .81; one token a pixel learned nothing in 1,500 steps.
+
 Variants, joined by commas: `smoke` (seconds), `independent` (W2 stored),
 `shared`, `frozen`, an operator's name, `rank4` and so on (see
 configs/derivations.py), `document` (the design document's neuron sizes: M 15,
-h 4, D 128), `deep` (two hidden layers in each neuron's model).
+h 4, D 128), `deep` (two hidden layers in each neuron's model), `unet` (synapses
+of four levels, the way up derived from the way down), `narrow` (with
+`deep,independent` or `unet,independent`: as few parameters as derived).
 """
 
 from configs import derivations
@@ -37,7 +46,7 @@ def get_config(variant=None):
     'sync_out': 128,
     'sync_action': 64,
     'self_pairs': 8,
-    'dropout': 0.2,
+    'dropout': 0.1,
     'gate': False,
     'remat': False,
     'unrolled': 1,
@@ -48,7 +57,7 @@ def get_config(variant=None):
   config.optimizer.schedule.warmup_steps = 100
   config.optimizer.groups.all.weight_decay = 0.1
   config.training.update(
-    steps=4000,
+    steps=3000,
     batch_size=64,
     steps_per_dispatch=25,
     ema_decay=0.995,

@@ -7,7 +7,10 @@ are derived from the input weights, W2 = T(contract(W1)).
 
   python train.py --config=configs/ctm_digits.py --workdir=runs/ctm_digits
 
-@@DIGITS@@
+took 4 minutes on one core of a busy machine (15 to 25 steps a second) and
+reaches a held-out accuracy of .981, .989 and .986 (360 test digits; seeds 0, 1
+and 2). Rows that stop when certain take 5 of 10 ticks at that accuracy; at
+this size that saves no time.
 
 What it took: without the convolutional stem held-out accuracy was .969 to .981
 from run to run; with W2 the plain mean of W1's slots (`mean_contraction`),

@@ -83,7 +83,7 @@ def get_config(variant=None):
   if 'unet' in chosen:
     config.model.synapse_depth = 4
   if 'narrow' in chosen:
-    # As many parameters as the derived model has, within a percent or two.
+    # About as many parameters as the derived model has.
     if 'deep' in chosen:
       config.model.nlm.hidden = 5
     else:

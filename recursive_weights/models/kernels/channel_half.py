@@ -1,0 +1,286 @@
+"""The channel half of a block with its gated unit inside the product's kernel.
+
+Gate and up are written nowhere: one kernel makes both products of a tile and
+their gated unit, so what passes through memory is x and the hidden units. Down
+projection, residual and norm are left to XLA or (`down=True`) done by a second
+kernel that holds whole rows.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from recursive_weights.interfaces import Array
+from recursive_weights.models.kernels import token_half
+
+EPS = token_half.EPS
+
+
+class Tiles(NamedTuple):
+  """How the work is cut; powers of two, at least 16.
+
+  rows, hidden, width: of a product's tile and of a step of its contraction.
+  warps, stages: of a program, and of its loads in flight. `back_*`: the same
+  of the backward pass; `down_*`: of the down projection, whose tile has all
+  columns. down: whether that is a kernel too.
+  """
+
+  rows: int = 128
+  hidden: int = 128
+  width: int = 64
+  warps: int = 8
+  stages: int = 3
+  back_rows: int = 128
+  back_hidden: int = 64
+  back_width: int = 64
+  back_warps: int = 8
+  back_stages: int = 3
+  down: bool = False
+  down_rows: int = 64
+  down_width: int = 64
+  down_warps: int = 8
+  down_stages: int = 3
+
+
+def fits(width: int, hidden: int) -> bool:
+  """Whether the kernels take these sizes."""
+  return width % 16 == 0 and hidden % 16 == 0
+
+
+def apply(
+  params: Mapping[str, Array],
+  x_TBD: Array,
+  *,
+  tiles: Tiles | None = None,
+  interpret: bool | None = None,
+) -> Array:
+  """`rms_D(x + (silu(x gate) * (x up)) down)`, all over the width.
+
+  The same as `layers.trm_block.channel_half`: products in the dtype of x, sums
+  and the norm in float32. The backward pass computes gate and up again.
+
+  Args:
+    params: `gate [D, F]`, `up [D, F]`, `down [F, D]`.
+    x_TBD: the state; any axes may stand before D.
+    tiles: see `Tiles`.
+    interpret: run without a GPU, slowly; None: where there is none.
+
+  Raises:
+    ValueError: sizes that `fits` refuses.
+  """
+  width, hidden = params['gate'].shape
+  if not fits(width, hidden):
+    raise ValueError(
+      f'width and hidden must be multiples of 16, got {width} and {hidden}'
+    )
+  tiles = Tiles() if tiles is None else tiles
+  divisor = token_half.divisor
+  tiles = tiles._replace(
+    hidden=divisor(hidden, tiles.hidden),
+    width=divisor(width, tiles.width),
+    back_hidden=divisor(hidden, tiles.back_hidden),
+    back_width=divisor(width, tiles.back_width),
+    down=tiles.down and width == divisor(width, width),
+    down_width=divisor(hidden, tiles.down_width),
+  )
+  if interpret is None:
+    interpret = jax.default_backend() != 'gpu'
+  y_ND = _mix(dict(params), x_TBD.reshape(-1, width), tiles, interpret)
+  return y_ND.reshape(x_TBD.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _mix(params, x_ND, tiles, interpret):
+  return _whole(params, x_ND, tiles, interpret)[0]
+
+
+def _whole(params, x_ND, tiles, interpret):
+  gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
+  hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
+  if tiles.down:
+    return _down(hidden_NF, down_FD, x_ND, tiles, interpret)
+  r_ND = (x_ND + hidden_NF @ down_FD).astype(jnp.float32)
+  scale_N1 = jax.lax.rsqrt((r_ND * r_ND).mean(1, keepdims=True) + EPS)
+  return (r_ND * scale_N1).astype(x_ND.dtype), scale_N1[:, 0]
+
+
+def _mix_forward(params, x_ND, tiles, interpret):
+  y_ND, scale_N = _whole(params, x_ND, tiles, interpret)
+  return y_ND, (params, x_ND, y_ND, scale_N)
+
+
+def _mix_backward(tiles, interpret, saved, g_ND):
+  params, x_ND, y_ND, scale_N = saved
+  dtype = x_ND.dtype
+  gate_DF, up_DF, down_FD = _cast(params, dtype)
+  # y = r s, s = (mean r^2 + eps)^(-1/2): dr = s (g - y mean(g y)).
+  g_ND, y_ND = g_ND.astype(jnp.float32), y_ND.astype(jnp.float32)
+  mean_N1 = (g_ND * y_ND).mean(1, keepdims=True)
+  dr_ND = (scale_N[:, None] * (g_ND - y_ND * mean_N1)).astype(dtype)
+  dgate_up_N2F, hidden_NF = _gated_backward(
+    gate_DF, up_DF, down_FD, x_ND, dr_ND, tiles, interpret
+  )
+  gate_up_D2F = jnp.concatenate([gate_DF, up_DF], 1)
+  dx_ND = dr_ND + dgate_up_N2F @ gate_up_D2F.T
+  dgate_DF, dup_DF = jnp.split(token_half.dot(x_ND.T, dgate_up_N2F), 2, axis=1)
+  dparams = {
+    'gate': dgate_DF,
+    'up': dup_DF,
+    'down': token_half.dot(hidden_NF.T, dr_ND),
+  }
+  return {k: d.astype(params[k].dtype) for k, d in dparams.items()}, dx_ND
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _cast(params, dtype):
+  return tuple(params[name].astype(dtype) for name in ('gate', 'up', 'down'))
+
+
+def _load(ref, first, size, total, columns):
+  """Rows `first ...` of some columns; rows past the end are zero."""
+  at = ref.at[pl.ds(first, size), columns]
+  if total % size == 0:
+    return plgpu.load(at)
+  mask = (first + jnp.arange(size) < total)[:, None]
+  return plgpu.load(at, mask=mask, other=0.0)
+
+
+def _store(ref, value, first, total, columns):
+  size = value.shape[0]
+  at = ref.at[pl.ds(first, size), columns]
+  mask = None
+  if total % size:
+    mask = (first + jnp.arange(size) < total)[:, None]
+  plgpu.store(at, value.astype(ref.dtype), mask=mask)
+
+
+def _gated_kernel(gate_ref, up_ref, x_ref, hidden_ref, *, tiles):
+  total, width = x_ref.shape
+  first = pl.program_id(1) * tiles.rows
+  columns = pl.ds(pl.program_id(0) * tiles.hidden, tiles.hidden)
+
+  def body(index, sums):
+    at = pl.ds(index * tiles.width, tiles.width)
+    x = _load(x_ref, first, tiles.rows, total, at)
+    gate, up = sums
+    gate += token_half.dot(x, gate_ref[at, columns])
+    up += token_half.dot(x, up_ref[at, columns])
+    return gate, up
+
+  zeros = jnp.zeros((tiles.rows, tiles.hidden), jnp.float32)
+  gate, up = jax.lax.fori_loop(0, width // tiles.width, body, (zeros, zeros))
+  value = gate * jax.nn.sigmoid(gate) * up
+  _store(hidden_ref, value, first, total, columns)
+
+
+def _gated(gate_DF, up_DF, x_ND, tiles, interpret):
+  rows, hidden = x_ND.shape[0], gate_DF.shape[1]
+  return pl.pallas_call(
+    functools.partial(_gated_kernel, tiles=tiles),
+    out_shape=jax.ShapeDtypeStruct((rows, hidden), x_ND.dtype),
+    grid=(hidden // tiles.hidden, pl.cdiv(rows, tiles.rows)),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=tiles.warps, num_stages=tiles.stages
+    ),
+    interpret=interpret,
+    name='channel_half_gated',
+  )(gate_DF, up_DF, x_ND)
+
+
+def _down_kernel(hidden_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
+  total, width = x_ref.shape
+  first = pl.program_id(0) * tiles.down_rows
+
+  def body(index, r):
+    at = pl.ds(index * tiles.down_width, tiles.down_width)
+    h = _load(hidden_ref, first, tiles.down_rows, total, at)
+    return r + token_half.dot(h, down_ref[at, :])
+
+  r = jnp.zeros((tiles.down_rows, width), jnp.float32)
+  steps = hidden_ref.shape[1] // tiles.down_width
+  r = jax.lax.fori_loop(0, steps, body, r)
+  r += _load(x_ref, first, tiles.down_rows, total, slice(None)).astype(r.dtype)
+  scale = jax.lax.rsqrt((r * r).sum(1) / width + EPS)
+  _store(y_ref, r * scale[:, None], first, total, slice(None))
+  mask = first + jnp.arange(tiles.down_rows) < total
+  plgpu.store(scale_ref.at[pl.ds(first, tiles.down_rows)], scale, mask=mask)
+
+
+def _down(hidden_NF, down_FD, x_ND, tiles, interpret):
+  rows = x_ND.shape[0]
+  return pl.pallas_call(
+    functools.partial(_down_kernel, tiles=tiles),
+    out_shape=(
+      jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ),
+    grid=(pl.cdiv(rows, tiles.down_rows),),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=tiles.down_warps, num_stages=tiles.down_stages
+    ),
+    interpret=interpret,
+    name='channel_half_down',
+  )(hidden_NF, down_FD, x_ND)
+
+
+def _gated_backward_kernel(
+  gate_ref,
+  up_ref,
+  down_ref,
+  x_ref,
+  dr_ref,
+  dgate_up_ref,
+  hidden_ref,
+  *,
+  tiles,
+):
+  total, width = x_ref.shape
+  hidden = gate_ref.shape[1]
+  rows, units = tiles.back_rows, tiles.back_hidden
+  first = pl.program_id(1) * rows
+  start = pl.program_id(0) * units
+  columns = pl.ds(start, units)
+
+  def body(index, sums):
+    at = pl.ds(index * tiles.back_width, tiles.back_width)
+    x = _load(x_ref, first, rows, total, at)
+    dr = _load(dr_ref, first, rows, total, at)
+    gate, up, dh = sums
+    gate += token_half.dot(x, gate_ref[at, columns])
+    up += token_half.dot(x, up_ref[at, columns])
+    dh += token_half.dot(dr, down_ref[columns, at].T)
+    return gate, up, dh
+
+  zeros = jnp.zeros((rows, units), jnp.float32)
+  sums = jax.lax.fori_loop(
+    0, width // tiles.back_width, body, (zeros, zeros, zeros)
+  )
+  dgate, dup, h = token_half.swiglu_backward(*sums)
+  _store(dgate_up_ref, dgate, first, total, columns)
+  _store(dgate_up_ref, dup, first, total, pl.ds(hidden + start, units))
+  _store(hidden_ref, h, first, total, columns)
+
+
+def _gated_backward(gate_DF, up_DF, down_FD, x_ND, dr_ND, tiles, interpret):
+  """Gradients `[N, 2F]` of gate and up, and the hidden units again."""
+  rows, hidden = x_ND.shape[0], gate_DF.shape[1]
+  return pl.pallas_call(
+    functools.partial(_gated_backward_kernel, tiles=tiles),
+    out_shape=(
+      jax.ShapeDtypeStruct((rows, 2 * hidden), x_ND.dtype),
+      jax.ShapeDtypeStruct((rows, hidden), x_ND.dtype),
+    ),
+    grid=(hidden // tiles.back_hidden, pl.cdiv(rows, tiles.back_rows)),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=tiles.back_warps, num_stages=tiles.back_stages
+    ),
+    interpret=interpret,
+    name='channel_half_backward',
+  )(gate_DF, up_DF, down_FD, x_ND, dr_ND)

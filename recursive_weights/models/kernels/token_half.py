@@ -1,0 +1,314 @@
+"""The token-mixing half of a mixer block as one kernel (Pallas, Triton).
+
+A program holds all T tokens of some columns (one column is one feature of one
+example), so that hidden units, residual and the norm over the tokens never
+leave the chip: the forward pass reads x once and writes y once.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from recursive_weights.interfaces import Array
+
+EPS = 1e-5
+
+
+class Tiles(NamedTuple):
+  """How the work is cut; powers of two, at least 16.
+
+  columns: features of an example in a program. hidden: units in a step of its
+  loop. warps, stages: of the program, and of its loads in flight. `back_*`:
+  the same of the backward pass.
+  """
+
+  columns: int = 128
+  hidden: int = 32
+  warps: int = 8
+  stages: int = 3
+  back_columns: int = 128
+  back_hidden: int = 32
+  back_warps: int = 8
+  back_stages: int = 2
+
+
+def fits(tokens: int, columns: int, hidden: int) -> bool:
+  """Whether the kernel takes these sizes; `columns` is batch times width."""
+  return tokens <= 256 and columns % 16 == 0 and hidden % 16 == 0
+
+
+def apply(
+  params: Mapping[str, Array],
+  x_TBD: Array,
+  *,
+  tiles: Tiles | None = None,
+  interpret: bool | None = None,
+) -> Array:
+  """`rms_T(x + down^T (silu(gate^T x) * (up^T x)))`, all over the tokens.
+
+  The same as `layers.trm_block.token_half`: products in the dtype of x, sums
+  and the norm in float32. The backward pass computes the hidden units again
+  from x, and writes them and their gradients once.
+
+  Args:
+    params: `gate [T, F]`, `up [T, F]`, `down [F, T]`.
+    x_TBD: the state.
+    tiles: see `Tiles`.
+    interpret: run without a GPU, slowly; None: where there is none.
+
+  Raises:
+    ValueError: sizes that `fits` refuses.
+  """
+  tokens, batch, width = x_TBD.shape
+  columns, hidden = batch * width, params['gate'].shape[1]
+  if not fits(tokens, columns, hidden):
+    raise ValueError(
+      'tokens must be <= 256, batch * width and hidden multiples of 16, got '
+      f'{tokens}, {columns} and {hidden}'
+    )
+  tiles = Tiles() if tiles is None else tiles
+  tiles = tiles._replace(
+    columns=divisor(columns, tiles.columns),
+    hidden=divisor(hidden, tiles.hidden),
+    back_columns=divisor(columns, tiles.back_columns),
+    back_hidden=divisor(hidden, tiles.back_hidden),
+  )
+  if interpret is None:
+    interpret = jax.default_backend() != 'gpu'
+  y_TN = _mix(dict(params), x_TBD.reshape(tokens, columns), tiles, interpret)
+  return y_TN.reshape(x_TBD.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _mix(params, x_TN, tiles, interpret):
+  return _forward(_weights(params, x_TN.dtype), x_TN, tiles, interpret)[0]
+
+
+def _mix_forward(params, x_TN, tiles, interpret):
+  weights = _weights(params, x_TN.dtype)
+  y_TN, scale_N = _forward(weights, x_TN, tiles, interpret)
+  return y_TN, (params, x_TN, y_TN, scale_N)
+
+
+def _mix_backward(tiles, interpret, saved, g_TN):
+  params, x_TN, y_TN, scale_N = saved
+  weights = _weights(params, x_TN.dtype)
+  dx_TN, dr_TN, dgate_up_N2F, hidden_NF = _backward(
+    weights, x_TN, y_TN, scale_N, g_TN, tiles, interpret
+  )
+  # Sums over all columns: plain products with a long contraction.
+  dgate_TF, dup_TF = jnp.split(dot(x_TN, dgate_up_N2F), 2, axis=1)
+  dparams = {
+    'gate': dgate_TF,
+    'up': dup_TF,
+    'down': dot(dr_TN, hidden_NF).T,
+  }
+  return {k: d.astype(params[k].dtype) for k, d in dparams.items()}, dx_TN
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _weights(params, dtype):
+  """Gate, up and turned down, `[T, F]`: aligned rows for any T.
+
+  Padded to whole pieces, so that their loads need no masks.
+  """
+  weights = params['gate'], params['up'], params['down'].T
+  padding = ((0, -weights[0].shape[0] % 16), (0, 0))
+  return tuple(jnp.pad(weight.astype(dtype), padding) for weight in weights)
+
+
+def divisor(size, most):
+  """The largest power of two that divides size, at most `most`."""
+  return min(most, size & -size)
+
+
+def pieces_of(tokens):
+  """`(start, size)` of descending powers of two that cover the tokens.
+
+  81 -> 64 + 32, 97 -> 64 + 32 + 16: less padding than one power of two, and
+  matrix units take multiples of 16.
+  """
+  pieces, start, left = [], 0, -(-tokens // 16) * 16
+  for size in (256, 128, 64, 32, 16):
+    if left >= size:
+      pieces.append((start, size))
+      start, left = start + size, left - size
+  return pieces
+
+
+def _rows(start, size, tokens):
+  """Slice of a piece and the mask of its rows that exist, or None."""
+  # A start that is known only when run may reach past the end.
+  first = start + 0 * pl.program_id(0)
+  if start + size <= tokens:
+    return pl.ds(start, size), None
+  return pl.ds(first, size), (start + jnp.arange(size) < tokens)[:, None]
+
+
+def _load(ref, columns):
+  """The pieces of some columns; rows past the last token are zero."""
+  pieces = []
+  for piece in pieces_of(ref.shape[0]):
+    rows, mask = _rows(*piece, ref.shape[0])
+    other = None if mask is None else 0.0
+    pieces.append(plgpu.load(ref.at[rows, columns], mask=mask, other=other))
+  return pieces
+
+
+def _store(ref, columns, values):
+  pieces = pieces_of(ref.shape[0])
+  for value, piece in zip(values, pieces, strict=True):
+    rows, mask = _rows(*piece, ref.shape[0])
+    plgpu.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
+
+
+def dot(a: Array, b: Array) -> Array:
+  """`a b` with sums in float32."""
+  if jax.default_backend() == 'cpu':
+    # Exact, and the CPU lacks some mixed products.
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _sum(terms):
+  return functools.reduce(jnp.add, terms)
+
+
+def _product(xs_turned, weights):
+  """`x^T w` with tokens, in pieces, contracted."""
+  return _sum([dot(x, w) for x, w in zip(xs_turned, weights, strict=True)])
+
+
+def _forward_kernel(
+  gate_ref, up_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles
+):
+  tokens, hidden = x_ref.shape[0], gate_ref.shape[1]
+  columns = pl.ds(pl.program_id(0) * tiles.columns, tiles.columns)
+  xs = _load(x_ref, columns)
+  xs_turned = [x.T for x in xs]
+
+  def body(index, sums):
+    at = pl.ds(index * tiles.hidden, tiles.hidden)
+    u = _product(xs_turned, _load(gate_ref, at))
+    v = _product(xs_turned, _load(up_ref, at))
+    h = (u * jax.nn.sigmoid(u) * v).astype(x_ref.dtype)
+    downs = _load(down_ref, at)
+    return tuple(s + dot(h, w.T) for s, w in zip(sums, downs, strict=True))
+
+  sums = tuple(
+    jnp.zeros((tiles.columns, size), jnp.float32)
+    for _, size in pieces_of(tokens)
+  )
+  sums = jax.lax.fori_loop(0, hidden // tiles.hidden, body, sums)
+  # Rows past the last token are zero in x and in the weights.
+  rs = [x.astype(jnp.float32) + s.T for x, s in zip(xs, sums, strict=True)]
+  scale = jax.lax.rsqrt(_sum([(r * r).sum(0) for r in rs]) / tokens + EPS)
+  scale_ref[columns] = scale
+  _store(y_ref, columns, [r * scale[None] for r in rs])
+
+
+def _forward(weights, x_TN, tiles, interpret):
+  tokens, columns = x_TN.shape
+  return pl.pallas_call(
+    functools.partial(_forward_kernel, tiles=tiles),
+    out_shape=(
+      jax.ShapeDtypeStruct((tokens, columns), x_TN.dtype),
+      jax.ShapeDtypeStruct((columns,), jnp.float32),
+    ),
+    grid=(columns // tiles.columns,),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=tiles.warps, num_stages=tiles.stages
+    ),
+    interpret=interpret,
+    name='token_half_forward',
+  )(*weights, x_TN)
+
+
+def _backward_kernel(
+  gate_ref,
+  up_ref,
+  down_ref,
+  x_ref,
+  y_ref,
+  scale_ref,
+  g_ref,
+  dx_ref,
+  dr_ref,
+  dgate_up_ref,
+  hidden_ref,
+  *,
+  tiles,
+):
+  tokens, hidden = x_ref.shape[0], gate_ref.shape[1]
+  units, dtype = tiles.back_hidden, x_ref.dtype
+  columns = pl.ds(pl.program_id(0) * tiles.back_columns, tiles.back_columns)
+
+  # y = r s, s = (mean r^2 + eps)^(-1/2): dr = s (g - y mean(g y)).
+  scale = scale_ref[columns]
+  gs = [g.astype(jnp.float32) for g in _load(g_ref, columns)]
+  ys = [y.astype(jnp.float32) for y in _load(y_ref, columns)]
+  mean = _sum([(g * y).sum(0) for g, y in zip(gs, ys, strict=True)]) / tokens
+  drs = [
+    (scale[None] * (g - y * mean[None])).astype(dtype)
+    for g, y in zip(gs, ys, strict=True)
+  ]
+  _store(dr_ref, columns, drs)
+  xs_turned = [x.T for x in _load(x_ref, columns)]
+  drs_turned = [dr.T for dr in drs]
+
+  def body(index, sums):
+    at = pl.ds(index * units, units)
+    gates, ups = _load(gate_ref, at), _load(up_ref, at)
+    u, v = _product(xs_turned, gates), _product(xs_turned, ups)
+    dh = _product(drs_turned, _load(down_ref, at))
+    du, dv, h = (d.astype(dtype) for d in swiglu_backward(u, v, dh))
+    dgate_up_ref[columns, at] = du
+    dgate_up_ref[columns, pl.ds(hidden + index * units, units)] = dv
+    hidden_ref[columns, at] = h
+    return tuple(
+      s + dot(du, a.T) + dot(dv, b.T)
+      for s, a, b in zip(sums, gates, ups, strict=True)
+    )
+
+  sums = tuple(
+    jnp.zeros((tiles.back_columns, size), jnp.float32)
+    for _, size in pieces_of(tokens)
+  )
+  sums = jax.lax.fori_loop(0, hidden // units, body, sums)
+  dxs = [dr.astype(jnp.float32) + s.T for dr, s in zip(drs, sums, strict=True)]
+  _store(dx_ref, columns, dxs)
+
+
+def swiglu_backward(u: Array, v: Array, dh: Array) -> tuple[Array, ...]:
+  """`(du, dv, h)` of h = silu(u) v, in float32."""
+  s = jax.nn.sigmoid(u)
+  a = u * s
+  return dh * v * (s + a * (1 - s)), dh * a, a * v
+
+
+def _backward(weights, x_TN, y_TN, scale_N, g_TN, tiles, interpret):
+  tokens, columns = x_TN.shape
+  hidden = weights[0].shape[1]
+  like_x = jax.ShapeDtypeStruct((tokens, columns), x_TN.dtype)
+  return pl.pallas_call(
+    functools.partial(_backward_kernel, tiles=tiles),
+    out_shape=(
+      like_x,
+      like_x,
+      jax.ShapeDtypeStruct((columns, 2 * hidden), x_TN.dtype),
+      jax.ShapeDtypeStruct((columns, hidden), x_TN.dtype),
+    ),
+    grid=(columns // tiles.back_columns,),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=tiles.back_warps, num_stages=tiles.back_stages
+    ),
+    interpret=interpret,
+    name='token_half_backward',
+  )(*weights, x_TN, y_TN, scale_N, g_TN)

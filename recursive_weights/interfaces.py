@@ -98,6 +98,7 @@ class Spec(NamedTuple):
     end.
   phases: `((first step, {field: value}), ...)` where lengths or batch sizes
     change with the step; `()` for none.
+  puzzles: number of puzzle identities, where examples carry one; else 0.
   """
 
   inputs: jax.ShapeDtypeStruct
@@ -105,6 +106,7 @@ class Spec(NamedTuple):
   classes: int
   sizes: dict[str, int | None]
   phases: tuple = ()
+  puzzles: int = 0
 
 
 class Task(NamedTuple):
@@ -123,6 +125,11 @@ class Task(NamedTuple):
   picture: `example -> image`, how a person sees one row of a batch: `[h, w]`,
     larger values more ink, or `[h, w, 3]`, colours in [0, 1]. The T inputs lie
     on it in reading order of a grid of its proportions. None where they do not.
+  drawing: `(example, answer) -> image`, how a person sees an answer (classes
+    `[*answer]`) to one row of a batch, mistakes marked; `[h, w, 3]`, colours in
+    [0, 1]. None where answers are no picture.
+  data_hash: SHA-256 by split, of the files or of what was generated, so that
+    a run and its results can name their data; `{}` where data have no end.
   """
 
   spec: Spec
@@ -130,6 +137,8 @@ class Task(NamedTuple):
   augment: Callable[[Array, Batch], Batch]
   loss: Callable[[Array, Batch], tuple[Array, Metrics]]
   picture: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
+  drawing: Callable[[dict, np.ndarray], np.ndarray] | None = None
+  data_hash: dict[str, str] = {}
 
 
 class Objective(NamedTuple):
@@ -152,12 +161,25 @@ Evaluator = Callable[[Tree, Array], dict[str, float]]
 class Slots(NamedTuple):
   """Deep supervision: rows that keep their example until they halt.
 
-  refill: `(slots, batch, fresh_carry) -> (batch, carry)`: halted slots take
-    the new example offered in `batch` and a fresh carry; the others keep both.
-    Slots live in the training state's `carry`, so checkpoints hold them.
+  start: `(batch, carry, metrics) -> slots`: the slots before the first step,
+    all of them halted. The arguments tell shapes: a batch, a model's carry and
+    the metrics of rows by name, `[B]`. Every leaf has the batch first; slots
+    live in the training state's `carry`, so checkpoints hold them.
+  explore: `(key, size) -> least_B`: how many steps an example must take.
+  refill: `(slots, batch, fresh_carry, least_B, step) -> slots`: halted slots
+    take the new example offered in `batch` and a fresh carry; the others keep
+    both. The rows to train on are `slots['batch']`, with `slots['carry']`.
+  advance: `(slots, carry, halt_B, metrics) -> slots`: after the forward pass,
+    with the model's new carry, its halting logits and the metrics of rows.
+  report: `slots -> {name: value_B, ...}, weight_B`: the metrics of each slot's
+    latest finished example, of weight 0 where it has finished none yet.
   """
 
-  refill: Callable[[Tree, Batch, Tree], tuple[Batch, Tree]]
+  start: Callable[[Batch, Tree, Metrics], Tree]
+  explore: Callable[[Array, int], Array]
+  refill: Callable[[Tree, Batch, Tree, Array, Array], Tree]
+  advance: Callable[[Tree, Tree, Array, Metrics], Tree]
+  report: Callable[[Tree], tuple[Metrics, Array]]
 
 
 class Decoder(NamedTuple):

@@ -6,17 +6,23 @@ and, where a recursion knows how sure it is, `certainty [S, B]`.
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from recursive_weights.interfaces import Objective, UserError
 
 
 def make(name: str, **fields) -> Objective:
-  """The objective of that name: last, every, certainty.
+  """The objective of that name: last, every, certainty, halting.
 
   Raises:
     UserError: unknown name or field.
   """
-  known = {'last': last, 'every': every, 'certainty': certainty}
+  known = {
+    'last': last,
+    'every': every,
+    'certainty': certainty,
+    'halting': halting,
+  }
   if name not in known:
     raise UserError(
       f'objective must be one of {", ".join(sorted(known))}, got {name!r}'
@@ -81,6 +87,53 @@ def certainty() -> Objective:
     metrics_B = {name: _pick(x, sure_B) for name, x in metrics_SB.items()}
     metrics_B['step'] = (sure_B + 1).astype(jnp.float32)
     return _mean(loss_B, batch), _means(metrics_B, batch)
+
+  return Objective(score=score, answer=answer)
+
+
+def halting(
+  *, weight: float = 0.5, whole: str = 'puzzle_accuracy'
+) -> Objective:
+  """The last step's answer, and the halting head's judgement of it.
+
+    L = L_answer + weight BCE(sigmoid(halt), [the whole answer is right])
+
+  for each example, with `halt [S, B]` the logit that the model gives. Metrics
+  are the task's, `answer_loss`, `halting_loss`, and `halting_accuracy`: how
+  often halt > 0 tells whether the answer is right.
+
+  Args:
+    weight: of the halting head's loss.
+    whole: the task's metric that is 1 where the whole answer is right, else 0.
+
+  Source: A. Jolicoeur-Martineau, 2025 (arXiv 2510.04871), section 4.6.
+
+  Raises:
+    UserError: the weight is negative; when run, the task has no such metric.
+  """
+  if weight < 0:
+    raise UserError(f'objective.weight must be >= 0, got {weight}')
+
+  def answer(outputs):
+    return outputs['logits'][-1]
+
+  def score(outputs, loss, batch):
+    loss_B, metrics_B = loss(answer(outputs), batch)
+    if whole not in metrics_B:
+      raise UserError(
+        f'objective.whole must be one of the metrics of the task, '
+        f'{sorted(metrics_B)}, got {whole!r}'
+      )
+    halt_B = outputs['halt'][-1].astype(jnp.float32)
+    right_B = jax.lax.stop_gradient(metrics_B[whole].astype(jnp.float32))
+    halting_B = optax.sigmoid_binary_cross_entropy(halt_B, right_B)
+    metrics_B = metrics_B | {
+      'answer_loss': loss_B,
+      'halting_loss': halting_B,
+      'halting_accuracy': (halt_B > 0) == (right_B > 0.5),
+    }
+    total_B = loss_B.astype(jnp.float32) + weight * halting_B
+    return _mean(total_B, batch), _means(metrics_B, batch)
 
   return Objective(score=score, answer=answer)
 

@@ -212,9 +212,7 @@ def apply(
     halves: the programs to run.
   """
   if 'attention' in params:
-    x_TBD = halves.attention(
-      params['attention'], x_TBD, heads=heads, turn=turn
-    )
+    x_TBD = halves.attention(params['attention'], x_TBD, heads=heads, turn=turn)
   else:
     x_TBD = halves.token(params['token'], x_TBD)
   return halves.channel(params['channel'], x_TBD)

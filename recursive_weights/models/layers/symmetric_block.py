@@ -1,0 +1,179 @@
+"""Blocks for Sudoku in which no digit has weights of its own.
+
+The state holds a vector for every cell and every digit that may stand there,
+`x_TBVD`: T cells first, V digits. All weights are shared by the digits, and
+digits are only pooled over, so a relabelling of the digits of the input
+relabels the state: the block is equivariant by construction.
+
+Two blocks, whose halves are `x <- rms(x + f(x))` as in `trm_block`:
+
+  constraints:  f mixes within every row, column, box and cell of the puzzle;
+                the same weights serve all of them, so the block knows no cell
+                from another and is equivariant under the puzzle's moves
+                (rows of a band, bands, columns, stacks) as well
+  tokens:       f = SwiGLU over the cells with a weight for each pair, norm
+                over the cells; then f mixes within every cell
+  both then:    f = SwiGLU over the width (`trm_block.channel_half`)
+
+The families of constraints are those of the exact-cover form of Sudoku: in a
+row each digit stands once, in a column, in a box, and a cell has one digit.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from recursive_weights.interfaces import Array, Tree
+from recursive_weights.models.layers import trm_block
+
+# Axes that a family pools over in [bands, rows, stacks, columns, B, V, D].
+FAMILIES = {'row': (2, 3), 'column': (0, 1), 'box': (1, 3), 'cell': (5,)}
+POOLS = ('mean', 'max', 'both', 'softmax')
+KINDS = ('constraints', 'tokens')
+
+
+def init(
+  key: Array,
+  kind: str,
+  *,
+  tokens: int,
+  width: int,
+  pool: str = 'both',
+  pool_width: int = 64,
+  expansion: float = 4.0,
+  multiple: int = 64,
+) -> Tree:
+  """Parameters of one block: `{constraint, channel}`, with `token` in 'tokens'.
+
+  Args:
+    kind: 'constraints' or 'tokens'.
+    tokens: T, number of cells.
+    width: D.
+    pool, pool_width: see `constraint_init`.
+    expansion, multiple: of the SwiGLUs, see `trm_block.inner_width`.
+
+  Raises:
+    ValueError: the kind is unknown.
+  """
+  if kind not in KINDS:
+    raise ValueError(f'kind must be one of {KINDS}, got {kind!r}')
+  keys = jax.random.split(key, 3)
+  families = 4 if kind == 'constraints' else 1
+  hidden = trm_block.inner_width(width, expansion, multiple)
+  params = {
+    'constraint': constraint_init(keys[0], width, pool_width, families, pool),
+    'channel': trm_block.swiglu_init(keys[1], width, hidden),
+  }
+  if kind == 'tokens':
+    hidden = trm_block.inner_width(tokens, expansion, multiple)
+    params['token'] = trm_block.swiglu_init(keys[2], tokens, hidden)
+  return params
+
+
+def constraint_init(
+  key: Array, width: int, pooled: int, families: int, pool: str
+) -> dict[str, Array]:
+  """`{gate [D, N P], up [D, N P], down [N P, D]}` for N families.
+
+  P = `pooled` values a family; with 'softmax', `score [D, N P]` too.
+  """
+  keys = jax.random.split(key, 4)
+  hidden = families * pooled
+  params = {
+    'gate': trm_block.lecun(keys[0], width, hidden),
+    'up': trm_block.lecun(keys[1], width, hidden),
+    'down': trm_block.lecun(keys[2], hidden, width),
+  }
+  if pool == 'softmax':
+    params['score'] = trm_block.lecun(keys[3], width, hidden)
+  return params
+
+
+def constraint_half(
+  params: Mapping[str, Array],
+  x_TBVD: Array,
+  *,
+  families: tuple[str, ...],
+  box: tuple[int, int],
+  pool: str,
+) -> Array:
+  """`rms_D(x + (silu(x gate) * pool(x up)) down)`: a SwiGLU that pools.
+
+  A family's values are pooled over the members of each of its constraints,
+  and every member multiplies what was pooled by its own gate.
+
+  Args:
+    params: from `constraint_init`.
+    x_TBVD: the state; T = V^2 cells in reading order.
+    families: names in `FAMILIES`.
+    box: rows and columns of a box; their product is V.
+    pool: 'mean', 'max', 'both' (half of the values each), or 'softmax', an
+      average weighted by softmax(x score) among the members.
+  """
+  dtype, shape = x_TBVD.dtype, x_TBVD.shape
+  weights = {name: value.astype(dtype) for name, value in params.items()}
+  grid = (box[1], box[0], box[0], box[1], *shape[1:])
+  x = x_TBVD.reshape(grid)
+  gates = _split(jax.nn.silu(x @ weights['gate']), families)
+  ups = _split(weights['up'], families)
+  scores = _split(weights.get('score', weights['up']), families)
+  mixed = [
+    gate * _pool(x, up, score, FAMILIES[family], pool)
+    for family, gate, up, score in zip(
+      families, gates, ups, scores, strict=True
+    )
+  ]
+  hidden = jnp.concatenate(mixed, axis=-1).reshape(*shape[:-1], -1)
+  return trm_block.rms(x_TBVD + hidden @ weights['down'])
+
+
+def apply(
+  params: Tree,
+  x_TBVD: Array,
+  *,
+  box: tuple[int, int],
+  pool: str = 'both',
+  halves: trm_block.Halves = trm_block.Halves(),  # noqa: B008
+) -> Array:
+  """One block; its kind is told by its parameters.
+
+  Args:
+    params: from `init`.
+    x_TBVD, box, pool: see `constraint_half`.
+    halves: programs of the halves that are those of `trm_block`.
+  """
+  families = tuple(FAMILIES)
+  if 'token' in params:
+    families = ('cell',)
+    x_TBVD = halves.token(params['token'], x_TBVD)
+  x_TBVD = constraint_half(
+    params['constraint'], x_TBVD, families=families, box=box, pool=pool
+  )
+  return halves.channel(params['channel'], x_TBVD)
+
+
+def _split(x, families):
+  return jnp.split(x, len(families), axis=-1)
+
+
+def _pool(x, up, score, axes, pool):
+  """Values of one family's constraints, axes kept with size 1."""
+  if pool == 'mean':  # linear, so it may come first and the product is small
+    return _mean(x, axes) @ up
+  if pool == 'max':
+    return (x @ up).max(axes, keepdims=True)
+  if pool == 'both':
+    linear, largest = jnp.split(up, 2, axis=-1)
+    mean = _mean(x, axes) @ linear
+    return jnp.concatenate(
+      [mean, (x @ largest).max(axes, keepdims=True)], axis=-1
+    )
+  if pool != 'softmax':
+    raise ValueError(f'pool must be one of {POOLS}, got {pool!r}')
+  share = jax.nn.softmax((x @ score).astype(jnp.float32), axis=axes)
+  return (share * (x @ up)).sum(axes, keepdims=True).astype(x.dtype)
+
+
+def _mean(x, axes):
+  return x.mean(axes, keepdims=True, dtype=jnp.float32).astype(x.dtype)

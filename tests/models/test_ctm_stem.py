@@ -1,5 +1,6 @@
 """The convolutional stem of the CTM against a plain loop in float64."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,8 +60,22 @@ def test_without_a_stem_nothing_of_it_is_there():
   assert stemmed['features']['stem']['second']['kernel'].shape == (3, 3, 5, 5)
 
 
-def test_stem_needs_a_square_of_vectors():
-  with pytest.raises(UserError, match='stem must be 0 unless'):
-    make(8, stem=4)
-  with pytest.raises(UserError, match='stem must be 0 unless'):
-    make(9, stem=4, inputs=jnp.int32)
+def test_tokens_go_through_the_stem_as_one_hot_vectors():
+  tokens_BT = jnp.asarray([[0, 2, 1, 1, 0, 2, 2, 1, 0]], jnp.int32)
+  model = make(9, stem=5, inputs=jnp.int32, vocabulary=3)
+  params = model.init(jax.random.key(0), tokens_BT)
+  assert 'embedding' not in params['features']
+  found = ctm_attention.tokens(params['features'], tokens_BT, jnp.float32)
+  one_hot_BTV = jnp.asarray(np.eye(3, dtype=np.float32)[tokens_BT])
+  wanted = ctm_attention.tokens(params['features'], one_hot_BTV, jnp.float32)
+  chex.assert_trees_all_equal(found, wanted)
+  # A place sees what its neighbours hold.
+  other_BT = tokens_BT.at[0, 4].set(1)
+  moved = ctm_attention.tokens(params['features'], other_BT, jnp.float32)
+  assert float(jnp.abs(moved - found)[0, 0].max()) > 0
+
+
+def test_stem_needs_a_square():
+  for dtype in (jnp.float32, jnp.int32):
+    with pytest.raises(UserError, match='stem must be 0 unless'):
+      make(8, stem=4, inputs=dtype)

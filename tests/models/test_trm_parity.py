@@ -1,0 +1,216 @@
+"""One supervision step against the published one, in NumPy float64.
+
+Written from the equations of the paper and its code: rows first, transposes
+around the mixer, one matrix for gate and up, Python loops.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recursive_weights.interfaces import Spec
+from recursive_weights.models import trm
+
+ROWS, TOKENS, WORDS, CLASSES, WIDTH, HEADS = 3, 10, 7, 5, 16, 2
+CYCLES, INNER = 3, 2
+
+
+def rms(x, axis):
+  return x / np.sqrt((x**2).mean(axis, keepdims=True) + 1e-5)
+
+
+def swiglu(half, x):
+  gate_up = np.concatenate([half['gate'], half['up']], axis=1)
+  gate, up = np.split(x @ gate_up, 2, axis=-1)
+  return (gate / (1 + np.exp(-gate)) * up) @ half['down']
+
+
+def attention(half, x, turns):
+  batch, tokens, width = x.shape
+  size = width // HEADS
+  query, key, value = np.split(x @ half['qkv'], 3, axis=-1)
+  frequency = 1 / 10_000 ** (np.arange(0, size, 2) / size)
+  angle = np.outer(np.arange(tokens), frequency)
+  angle = turns * np.concatenate([angle, angle], axis=-1)
+  out = np.zeros_like(x)
+  for head in range(HEADS):
+    own = slice(head * size, (head + 1) * size)
+
+    def turned(u, own=own):
+      u = u[..., own]
+      other = np.concatenate([-u[..., size // 2 :], u[..., : size // 2]], -1)
+      return u * np.cos(angle) + other * np.sin(angle)
+
+    for b in range(batch):
+      score = turned(query)[b] @ turned(key)[b].T / np.sqrt(size)
+      share = np.exp(score - score.max(-1, keepdims=True))
+      share = share / share.sum(-1, keepdims=True)
+      out[b, :, own] = share @ value[b, :, own]
+  return out @ half['out']
+
+
+def block(params, x, turns):
+  if 'token' in params:
+    x = x.transpose(0, 2, 1)
+    x = rms(x + swiglu(params['token'], x), -1)
+    x = x.transpose(0, 2, 1)
+  else:
+    x = rms(x + attention(params['attention'], x, turns), -1)
+  return rms(x + swiglu(params['channel'], x), -1)
+
+
+def net(params, u):
+  layers = len(params['blocks']['channel']['down'])
+  turns = 'position' not in params  # rotated, or with learned positions
+  for i in range(layers):
+    u = block(jax.tree.map(lambda w, i=i: w[i], params['blocks']), u, turns)
+  return u
+
+
+def embed(params, words):
+  x = params['embedding'][words]
+  if 'position' in params:
+    x = 0.5**0.5 * (x + params['position'])
+  return np.sqrt(WIDTH) * x
+
+
+def one_cycle(params, x, y, z):
+  for _ in range(INNER):
+    z = net(params, z + y + x)
+  return net(params, y + z), z
+
+
+def read(params, y):
+  halt = y[:, 0] @ params['halt']['kernel'] + params['halt']['bias']
+  return y @ params['readout'], halt[:, 0]
+
+
+def step(params, words, y, z):
+  x = embed(params, words)
+  for _ in range(CYCLES):
+    y, z = one_cycle(params, x, y, z)
+  return (y, z), read(params, y)
+
+
+CASES = {
+  'mixer': {'cell': 'mixer'},
+  'attention': {'cell': 'attention', 'position': 'rotation', 'heads': HEADS},
+  'learned': {'cell': 'attention', 'position': 'learned', 'heads': HEADS},
+}
+
+
+def problem(name):
+  """Model, parameters, words and a state that is not the first one."""
+  spec = Spec(
+    jax.ShapeDtypeStruct((TOKENS,), jnp.int32), (TOKENS,), CLASSES, {}
+  )
+  model = trm.make(
+    spec,
+    width=WIDTH,
+    vocabulary=WORDS,
+    multiple=8,
+    cycles=CYCLES,
+    inner=INNER,
+    steps=2,
+    **CASES[name],
+  )
+  keys = jax.random.split(jax.random.key(3), 4)
+  words = jax.random.randint(keys[0], (ROWS, TOKENS), 0, WORDS)
+  params = model.init(keys[1], words)
+  params['halt']['kernel'] = jax.random.normal(keys[2], (WIDTH, 1))
+  noise = jax.random.normal(keys[3], (2, ROWS, TOKENS, WIDTH))
+  carry = model.carry(params, ROWS)
+  carry = {'y': carry['y'] + noise[0], 'z': carry['z'] + noise[1]}
+  return model, params, words, carry
+
+
+def double(tree):
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_step_is_the_published_one(name):
+  model, params, words, carry = problem(name)
+  outputs, new = jax.jit(
+    lambda p, c, x: model.apply(p, c, x, key=None, train=True)
+  )(params, carry, words)
+  state = double(carry)
+  (y, z), (logits, halt) = step(
+    double(params), np.asarray(words), state['y'], state['z']
+  )
+  tolerance = {'rtol': 1e-4, 'atol': 1e-4}
+  np.testing.assert_allclose(outputs['logits'][0], logits, **tolerance)
+  np.testing.assert_allclose(outputs['halt'][0], halt, **tolerance)
+  np.testing.assert_allclose(new['y'], y, **tolerance)
+  np.testing.assert_allclose(new['z'], z, **tolerance)
+  # In evaluation the steps follow one another.
+  outputs, _ = jax.jit(lambda p, c, x: model.apply(p, c, x))(
+    params, carry, words
+  )
+  _, (second, _) = step(double(params), np.asarray(words), y, z)
+  assert outputs['logits'].shape[0] == 2
+  np.testing.assert_allclose(outputs['logits'][1], second, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_the_gradient_is_the_published_one(name):
+  """Slopes in a random direction of each leaf, by differences in float64.
+
+  The states before the last cycle are constants of the published gradient.
+  """
+  model, params, words, carry = problem(name)
+  rng = np.random.default_rng(0)
+  out = rng.normal(size=(ROWS, TOKENS, CLASSES))
+  sure = rng.normal(size=ROWS)
+
+  @jax.jit
+  @jax.grad
+  def gradient(params):
+    outputs, _ = model.apply(params, carry, words, key=None, train=True)
+    logits, halt_B = outputs['logits'][0], outputs['halt'][0]
+    return (logits * out).sum() + (halt_B * sure).sum()
+
+  found = gradient(params)
+  base, y, z = double(params), double(carry['y']), double(carry['z'])
+  x = embed(base, np.asarray(words))
+  for _ in range(CYCLES - 1):
+    y, z = one_cycle(base, x, y, z)
+
+  def value(params):
+    x = embed(params, np.asarray(words))
+    logits, halt = read(params, one_cycle(params, x, y, z)[0])
+    return (logits * out).sum() + (halt * sure).sum()
+
+  leaves, structure = jax.tree.flatten(base)
+  names = [
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree_util.tree_leaves_with_path(base)
+  ]
+  for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+    direction = rng.normal(size=leaf.shape)
+
+    def moved(size, index=index, leaf=leaf, direction=direction):
+      changed = list(leaves)
+      changed[index] = leaf + size * direction
+      return value(jax.tree.unflatten(structure, changed))
+
+    slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    ours = np.sum(np.asarray(jax.tree.leaves(found)[index]) * direction)
+    scale = np.linalg.norm(direction) * np.linalg.norm(
+      np.asarray(jax.tree.leaves(found)[index])
+    )
+    assert abs(ours - slope) <= 1e-4 * scale + 1e-6, (name, ours, slope)
+    assert (scale > 0) == (not name.startswith('start/'))
+
+
+def test_parameter_counts_are_the_published_ones():
+  """5,028,866 and 6,828,034, with a halting head of two values: 513 more."""
+  spec = Spec(jax.ShapeDtypeStruct((81,), jnp.int32), (81,), 11, {})
+  counts = []
+  for fields in ({}, {'cell': 'attention', 'position': 'rotation'}):
+    model = trm.make(spec, prefix=16, **fields)
+    params = jax.eval_shape(model.init, jax.random.key(0), None)
+    params.pop('start')  # not parameters there but buffers
+    counts.append(sum(x.size for x in jax.tree.leaves(params)) + 513)
+  assert counts == [5_028_866, 6_828_034]

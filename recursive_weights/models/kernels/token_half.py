@@ -23,18 +23,21 @@ class Tiles(NamedTuple):
   """How the work is cut; powers of two, at least 16.
 
   columns: features of an example in a program. hidden: units in a step of its
-  loop. warps, stages: of the program, and of its loads in flight. `back_*`:
-  the same of the backward pass.
+  loop. warps, stages: of the program, and of its loads in flight. whole: the
+  tokens as one power of two, else in pieces (`pieces_of`). `back_*`: the same
+  of the backward pass.
   """
 
   columns: int = 128
   hidden: int = 32
   warps: int = 8
   stages: int = 3
+  whole: bool = False
   back_columns: int = 128
   back_hidden: int = 32
   back_warps: int = 8
   back_stages: int = 2
+  back_whole: bool = False
 
 
 def fits(tokens: int, columns: int, hidden: int) -> bool:
@@ -57,15 +60,15 @@ def apply(
 
   Args:
     params: `gate [T, F]`, `up [T, F]`, `down [F, T]`.
-    x_TBD: the state.
+    x_TBD: the state. Further axes may stand in B's place.
     tiles: see `Tiles`.
     interpret: run without a GPU, slowly; None: where there is none.
 
   Raises:
     ValueError: sizes that `fits` refuses.
   """
-  tokens, batch, width = x_TBD.shape
-  columns, hidden = batch * width, params['gate'].shape[1]
+  tokens, hidden = params['gate'].shape
+  columns = x_TBD.size // tokens
   if not fits(tokens, columns, hidden):
     raise ValueError(
       'tokens must be <= 256, batch * width and hidden multiples of 16, got '
@@ -86,23 +89,24 @@ def apply(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _mix(params, x_TN, tiles, interpret):
-  return _forward(_weights(params, x_TN.dtype), x_TN, tiles, interpret)[0]
+  weights = _weights(params, x_TN.dtype, tiles.hidden, tiles.whole)
+  return _forward(weights, x_TN, tiles, interpret)[0]
 
 
 def _mix_forward(params, x_TN, tiles, interpret):
-  weights = _weights(params, x_TN.dtype)
+  weights = _weights(params, x_TN.dtype, tiles.hidden, tiles.whole)
   y_TN, scale_N = _forward(weights, x_TN, tiles, interpret)
   return y_TN, (params, x_TN, y_TN, scale_N)
 
 
 def _mix_backward(tiles, interpret, saved, g_TN):
   params, x_TN, y_TN, scale_N = saved
-  weights = _weights(params, x_TN.dtype)
-  dx_TN, dr_TN, dgate_up_N2F, hidden_NF = _backward(
+  weights = _weights(params, x_TN.dtype, tiles.back_hidden, tiles.back_whole)
+  dx_TN, dr_TN, dpair_N2F, hidden_NF = _backward(
     weights, x_TN, y_TN, scale_N, g_TN, tiles, interpret
   )
   # Sums over all columns: plain products with a long contraction.
-  dgate_TF, dup_TF = jnp.split(dot(x_TN, dgate_up_N2F), 2, axis=1)
+  dgate_TF, dup_TF = unpair(dot(x_TN, dpair_N2F), tiles.back_hidden)
   dparams = {
     'gate': dgate_TF,
     'up': dup_TF,
@@ -114,14 +118,39 @@ def _mix_backward(tiles, interpret, saved, g_TN):
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _weights(params, dtype):
-  """Gate, up and turned down, `[T, F]`: aligned rows for any T.
+def _weights(params, dtype, units, whole):
+  """Gate and up in pairs `[T, 2F]` and turned down `[T, F]`, in whole pieces.
 
-  Padded to whole pieces, so that their loads need no masks.
+  Hidden units are last, so that rows are aligned for any T.
   """
-  weights = params['gate'], params['up'], params['down'].T
-  padding = ((0, -weights[0].shape[0] % 16), (0, 0))
-  return tuple(jnp.pad(weight.astype(dtype), padding) for weight in weights)
+  pairs_T2F = pair(params['gate'], params['up'], units)
+  tokens = pairs_T2F.shape[0]
+  padded = sum(pieces_of(tokens, whole)[-1])
+  padding = ((0, padded - tokens), (0, 0))
+  return tuple(
+    jnp.pad(weight.astype(dtype), padding)
+    for weight in (pairs_T2F, params['down'].T)
+  )
+
+
+def pair(a: Array, b: Array, units: int) -> Array:
+  """Columns of a and of b in turns of `units`: one product makes both."""
+  rows = a.shape[0]
+  both = jnp.stack([a.reshape(rows, -1, units), b.reshape(rows, -1, units)], 2)
+  return both.reshape(rows, -1)
+
+
+def unpair(pairs: Array, units: int) -> tuple[Array, Array]:
+  """The two that `pair` joined."""
+  rows = pairs.shape[0]
+  parts = pairs.reshape(rows, -1, 2, units)
+  return parts[:, :, 0].reshape(rows, -1), parts[:, :, 1].reshape(rows, -1)
+
+
+def join(a: Array, b: Array) -> Array:
+  """`pair` of one turn, in a kernel."""
+  rows, units = a.shape
+  return jnp.stack([a, b], 2).transpose(0, 2, 1).reshape(rows, 2 * units)
 
 
 def divisor(size, most):
@@ -129,12 +158,14 @@ def divisor(size, most):
   return min(most, size & -size)
 
 
-def pieces_of(tokens):
+def pieces_of(tokens, whole=False):
   """`(start, size)` of descending powers of two that cover the tokens.
 
   81 -> 64 + 32, 97 -> 64 + 32 + 16: less padding than one power of two, and
   matrix units take multiples of 16.
   """
+  if whole:
+    return [(0, max(16, pl.next_power_of_2(tokens)))]
   pieces, start, left = [], 0, -(-tokens // 16) * 16
   for size in (256, 128, 64, 32, 16):
     if left >= size:
@@ -145,25 +176,29 @@ def pieces_of(tokens):
 
 def _rows(start, size, tokens):
   """Slice of a piece and the mask of its rows that exist, or None."""
-  # A start that is known only when run may reach past the end.
-  first = start + 0 * pl.program_id(0)
   if start + size <= tokens:
     return pl.ds(start, size), None
+  # A start that is known only when run may reach past the end.
+  first = start + 0 * pl.program_id(0)
   return pl.ds(first, size), (start + jnp.arange(size) < tokens)[:, None]
 
 
-def _load(ref, columns):
+def _load(ref, columns, whole):
   """The pieces of some columns; rows past the last token are zero."""
-  pieces = []
-  for piece in pieces_of(ref.shape[0]):
+  values = []
+  for piece in pieces_of(ref.shape[0], whole):
     rows, mask = _rows(*piece, ref.shape[0])
     other = None if mask is None else 0.0
-    pieces.append(plgpu.load(ref.at[rows, columns], mask=mask, other=other))
-  return pieces
+    values.append(plgpu.load(ref.at[rows, columns], mask=mask, other=other))
+  return values
 
 
-def _store(ref, columns, values):
-  pieces = pieces_of(ref.shape[0])
+def _turn(value, ref):
+  return value.astype(ref.dtype).T
+
+
+def _store(ref, columns, values, whole):
+  pieces = pieces_of(ref.shape[0], whole)
   for value, piece in zip(values, pieces, strict=True):
     rows, mask = _rows(*piece, ref.shape[0])
     plgpu.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
@@ -186,32 +221,26 @@ def _product(xs_turned, weights):
   return _sum([dot(x, w) for x, w in zip(xs_turned, weights, strict=True)])
 
 
-def _forward_kernel(
-  gate_ref, up_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles
-):
-  tokens, hidden = x_ref.shape[0], gate_ref.shape[1]
+def _forward_kernel(pairs_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
+  tokens, hidden = x_ref.shape[0], down_ref.shape[1]
+  units, whole = tiles.hidden, tiles.whole
   columns = pl.ds(pl.program_id(0) * tiles.columns, tiles.columns)
-  xs = _load(x_ref, columns)
-  xs_turned = [x.T for x in xs]
+  turned = [x.T for x in _load(x_ref, columns, whole)]
 
   def body(index, sums):
-    at = pl.ds(index * tiles.hidden, tiles.hidden)
-    u = _product(xs_turned, _load(gate_ref, at))
-    v = _product(xs_turned, _load(up_ref, at))
+    pairs = _load(pairs_ref, pl.ds(index * 2 * units, 2 * units), whole)
+    u, v = jax.lax.split(_product(turned, pairs), (units, units), axis=1)
     h = (u * jax.nn.sigmoid(u) * v).astype(x_ref.dtype)
-    downs = _load(down_ref, at)
+    downs = _load(down_ref, pl.ds(index * units, units), whole)
     return tuple(s + dot(h, w.T) for s, w in zip(sums, downs, strict=True))
 
-  sums = tuple(
-    jnp.zeros((tiles.columns, size), jnp.float32)
-    for _, size in pieces_of(tokens)
-  )
-  sums = jax.lax.fori_loop(0, hidden // tiles.hidden, body, sums)
   # Rows past the last token are zero in x and in the weights.
-  rs = [x.astype(jnp.float32) + s.T for x, s in zip(xs, sums, strict=True)]
-  scale = jax.lax.rsqrt(_sum([(r * r).sum(0) for r in rs]) / tokens + EPS)
+  sums = tuple(x.astype(jnp.float32) for x in turned)
+  rs = jax.lax.fori_loop(0, hidden // units, body, sums)
+  scale = jax.lax.rsqrt(_sum([(r * r).sum(1) for r in rs]) / tokens + EPS)
   scale_ref[columns] = scale
-  _store(y_ref, columns, [r * scale[None] for r in rs])
+  ys = [_turn(r * scale[:, None], y_ref) for r in rs]
+  _store(y_ref, columns, ys, whole)
 
 
 def _forward(weights, x_TN, tiles, interpret):
@@ -232,8 +261,7 @@ def _forward(weights, x_TN, tiles, interpret):
 
 
 def _backward_kernel(
-  gate_ref,
-  up_ref,
+  pairs_ref,
   down_ref,
   x_ref,
   y_ref,
@@ -241,49 +269,44 @@ def _backward_kernel(
   g_ref,
   dx_ref,
   dr_ref,
-  dgate_up_ref,
+  dpair_ref,
   hidden_ref,
   *,
   tiles,
 ):
-  tokens, hidden = x_ref.shape[0], gate_ref.shape[1]
-  units, dtype = tiles.back_hidden, x_ref.dtype
+  tokens, hidden = x_ref.shape[0], down_ref.shape[1]
+  units, whole = tiles.back_hidden, tiles.back_whole
+  dtype = x_ref.dtype
   columns = pl.ds(pl.program_id(0) * tiles.back_columns, tiles.back_columns)
 
   # y = r s, s = (mean r^2 + eps)^(-1/2): dr = s (g - y mean(g y)).
   scale = scale_ref[columns]
-  gs = [g.astype(jnp.float32) for g in _load(g_ref, columns)]
-  ys = [y.astype(jnp.float32) for y in _load(y_ref, columns)]
+  gs = [g.astype(jnp.float32) for g in _load(g_ref, columns, whole)]
+  ys = [y.astype(jnp.float32) for y in _load(y_ref, columns, whole)]
   mean = _sum([(g * y).sum(0) for g, y in zip(gs, ys, strict=True)]) / tokens
   drs = [
     (scale[None] * (g - y * mean[None])).astype(dtype)
     for g, y in zip(gs, ys, strict=True)
   ]
-  _store(dr_ref, columns, drs)
-  xs_turned = [x.T for x in _load(x_ref, columns)]
+  _store(dr_ref, columns, drs, whole)
+  xs_turned = [x.T for x in _load(x_ref, columns, whole)]
   drs_turned = [dr.T for dr in drs]
 
   def body(index, sums):
     at = pl.ds(index * units, units)
-    gates, ups = _load(gate_ref, at), _load(up_ref, at)
-    u, v = _product(xs_turned, gates), _product(xs_turned, ups)
-    dh = _product(drs_turned, _load(down_ref, at))
-    du, dv, h = (d.astype(dtype) for d in swiglu_backward(u, v, dh))
-    dgate_up_ref[columns, at] = du
-    dgate_up_ref[columns, pl.ds(hidden + index * units, units)] = dv
-    hidden_ref[columns, at] = h
-    return tuple(
-      s + dot(du, a.T) + dot(dv, b.T)
-      for s, a, b in zip(sums, gates, ups, strict=True)
-    )
+    at_pair = pl.ds(index * 2 * units, 2 * units)
+    pairs = _load(pairs_ref, at_pair, whole)
+    u, v = jax.lax.split(_product(xs_turned, pairs), (units, units), axis=1)
+    dh = _product(drs_turned, _load(down_ref, at, whole))
+    du, dv, h = swiglu_backward(u, v, dh)
+    dpair = join(du.astype(dtype), dv.astype(dtype))
+    dpair_ref[columns, at_pair] = dpair
+    hidden_ref[columns, at] = h.astype(dtype)
+    return tuple(s + dot(dpair, w.T) for s, w in zip(sums, pairs, strict=True))
 
-  sums = tuple(
-    jnp.zeros((tiles.back_columns, size), jnp.float32)
-    for _, size in pieces_of(tokens)
-  )
-  sums = jax.lax.fori_loop(0, hidden // units, body, sums)
-  dxs = [dr.astype(jnp.float32) + s.T for dr, s in zip(drs, sums, strict=True)]
-  _store(dx_ref, columns, dxs)
+  sums = tuple(dr.astype(jnp.float32) for dr in drs_turned)
+  dxs = jax.lax.fori_loop(0, hidden // units, body, sums)
+  _store(dx_ref, columns, [_turn(dx, dx_ref) for dx in dxs], whole)
 
 
 def swiglu_backward(u: Array, v: Array, dh: Array) -> tuple[Array, ...]:
@@ -295,7 +318,7 @@ def swiglu_backward(u: Array, v: Array, dh: Array) -> tuple[Array, ...]:
 
 def _backward(weights, x_TN, y_TN, scale_N, g_TN, tiles, interpret):
   tokens, columns = x_TN.shape
-  hidden = weights[0].shape[1]
+  hidden = weights[1].shape[1]
   like_x = jax.ShapeDtypeStruct((tokens, columns), x_TN.dtype)
   return pl.pallas_call(
     functools.partial(_backward_kernel, tiles=tiles),

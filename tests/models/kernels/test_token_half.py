@@ -31,11 +31,18 @@ def value_and_gradients(half, params, x_TBD, g_TBD):
 
 
 @pytest.mark.parametrize(
-  'tokens, batch, width', [(81, 2, 32), (97, 1, 48), (17, 3, 16), (16, 1, 32)]
+  'tokens, batch, width, whole',
+  [
+    (81, 2, 32, False),
+    (97, 1, 48, False),
+    (17, 3, 16, True),
+    (16, 1, 32, True),
+  ],
 )
-def test_fused_is_plain_in_float32(tokens, batch, width):
+def test_fused_is_plain_in_float32(tokens, batch, width, whole):
   case = setup(tokens, batch, width, 32, jnp.float32)
-  fused = functools.partial(token_half.apply, tiles=TILES, interpret=True)
+  tiles = TILES._replace(whole=whole, back_whole=whole)
+  fused = functools.partial(token_half.apply, tiles=tiles, interpret=True)
   chex.assert_trees_all_close(
     value_and_gradients(fused, *case),
     value_and_gradients(trm_block.token_half, *case),

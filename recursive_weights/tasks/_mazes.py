@@ -12,7 +12,9 @@ import functools
 
 import numpy as np
 
-WALL, OPEN, START, GOAL = range(4)
+from recursive_weights.tasks import _splits
+
+WALL, OPEN, START, GOAL, PATH = range(5)
 UP, DOWN, LEFT, RIGHT, STAY = range(5)
 
 
@@ -122,6 +124,59 @@ def place(
   tokens_BX[rows_B, start_B] = START
   tokens_BX[rows_B, goal_B] = GOAL
   return tokens_BX, moves_BT
+
+
+def draw_path(
+  stream: np.random.Generator, open_BX: np.ndarray, size: int, min_path: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Draws start and goal at least `min_path` moves apart, and a shortest path.
+
+  The start is uniform among open squares, the goal uniform among those that
+  are far enough. Mazes that have none are left out.
+
+  Returns:
+    tokens uint8 `[B, size^2]`, and the same with PATH on the squares between.
+  """
+  start_B = _any(stream, open_BX)
+  distance_BX = _distances(open_BX, start_B, size, size * size)
+  far_BX = distance_BX >= max(min_path, 1)
+  kept_B = far_BX.any(axis=1)
+  open_BX, start_B, distance_BX, far_BX = (
+    x[kept_B] for x in (open_BX, start_B, distance_BX, far_BX)
+  )
+  rows_B = np.arange(len(open_BX))
+  goal_B = _any(stream, far_BX)
+  tokens_BX = np.where(open_BX, OPEN, WALL).astype(np.uint8)
+  tokens_BX[rows_B, start_B] = START
+  tokens_BX[rows_B, goal_B] = GOAL
+
+  answers_BX = tokens_BX.copy()
+  square_B = goal_B
+  left_B = distance_BX[rows_B, goal_B]
+  while (left_B > 1).any():
+    before_B4 = square_B[:, None] - offsets(size)[None, :4]
+    nearer_B4 = distance_BX[rows_B[:, None], before_B4] == left_B[:, None] - 1
+    move_B = nearer_B4.argmax(axis=1)
+    on_B = left_B > 1
+    square_B = np.where(on_B, before_B4[rows_B, move_B], square_B)
+    answers_BX[rows_B[on_B], square_B[on_B]] = PATH
+    left_B = np.maximum(left_B - 1, 0)
+  return tokens_BX, answers_BX
+
+
+def shortest(tokens_BX: np.ndarray, size: int) -> np.ndarray:
+  """Fewest moves from start to goal, int `[B]`; -1 where there is no way."""
+  start_B = (tokens_BX == START).argmax(axis=1)
+  goal_B = (tokens_BX == GOAL).argmax(axis=1)
+  distance_BX = _distances(tokens_BX != WALL, start_B, size, size * size)
+  return distance_BX[np.arange(len(tokens_BX)), goal_B]
+
+
+def of_split(grids_BX: np.ndarray, size: int, wanted: int) -> np.ndarray:
+  """Whether grids fall to a split, as do all their turned versions, `[B]`."""
+  squares_GX, _ = symmetries(size)
+  hash_GB = [_splits.hash_rows(grids_BX[:, squares]) for squares in squares_GX]
+  return _splits.by_hash(np.max(hash_GB, axis=0)) == wanted
 
 
 def _any(stream, allowed_BX):

@@ -21,6 +21,22 @@ class Rows(NamedTuple):
   def error(self, row: int, problem: str) -> UserError:
     return UserError(f'{self.path}, line {self.lines[row]}: {problem}')
 
+  def check(self, wrong_B: np.ndarray, problem: str) -> None:
+    """Raises the error of the first row that is wrong, if any is."""
+    if wrong_B.any():
+      raise self.error(int(wrong_B.argmax()), problem)
+
+
+def check(paths: tuple[str, ...], limits: tuple[int, ...]) -> None:
+  """Raises `UserError` if some splits have files and others none."""
+  if any(paths) and not all(paths):
+    raise UserError(
+      'train_path, validation_path and test_path must be given together, got '
+      f'{paths}'
+    )
+  if len(limits) != 3 or min(limits) < 0:
+    raise UserError(f'limits must be three numbers >= 0, got {limits}')
+
 
 def read(path: str, limit: int) -> Rows:
   """The columns `question` and `answer` of a CSV with a header.

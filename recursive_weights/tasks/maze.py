@@ -202,10 +202,10 @@ def _draw(split, stream, count, *, carve, size, route):
     many = missing * 21 if wanted else missing + missing // 8 + 4
     open_BX = carve(stream, min(many, 2048))
     if hash_walls:
-      open_BX = open_BX[_of_split(open_BX, size, wanted)][:missing]
+      open_BX = open_BX[_mazes.of_split(open_BX, size, wanted)][:missing]
     tokens_BX, moves_BT = _mazes.place(stream, open_BX, size, route)
     if not hash_walls:
-      inside_B = _of_split(tokens_BX, size, wanted)
+      inside_B = _mazes.of_split(tokens_BX, size, wanted)
       tokens_BX = tokens_BX[inside_B][:missing]
       moves_BT = moves_BT[inside_B][:missing]
     drawn.append((tokens_BX, moves_BT))
@@ -217,9 +217,3 @@ def _draw(split, stream, count, *, carve, size, route):
     f'size={size} and route={route} allow too few mazes to fill split '
     f'{split!r}; raise size or branching, or lower loops'
   )
-
-
-def _of_split(grids_BX, size, wanted):
-  squares_GX, _ = _mazes.symmetries(size)
-  hash_GB = [_splits.hash_rows(grids_BX[:, squares]) for squares in squares_GX]
-  return _splits.by_hash(np.max(hash_GB, axis=0)) == wanted

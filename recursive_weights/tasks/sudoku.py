@@ -104,14 +104,8 @@ def make(
     raise UserError(
       f'train_size and eval_size must be > 0, got {train_size} and {eval_size}'
     )
-  if len(limits) != 3 or min(limits) < 0:
-    raise UserError(f'limits must be three numbers >= 0, got {limits}')
   paths = (train_path, validation_path, test_path)
-  if any(paths) and not all(paths):
-    raise UserError(
-      'train_path, validation_path and test_path must be given together, got '
-      f'{paths}'
-    )
+  _puzzle_files.check(paths, limits)
 
   counts = (train_size, eval_size, eval_size)
   data, data_hash = {}, {}
@@ -283,25 +277,19 @@ def _read(path, digest, size, limit, check_unique):
     )
   )
   given_B = np.array([bool(x) for x in rows.answers])
-  _first(
-    rows,
+  rows.check(
     given_B & ~_sudoku.solved(solutions_BX),
     'answer must hold every digit once in each row, column and box',
   )
   kept_BX = (puzzles_BX == 0) | (puzzles_BX == solutions_BX)
-  _first(
-    rows, given_B & ~kept_BX.all(axis=1), 'answer must keep the digits given'
+  rows.check(
+    given_B & ~kept_BX.all(axis=1), 'answer must keep the digits given'
   )
   asked = np.arange(len(given_B)) if check_unique else np.flatnonzero(~given_B)
   found_BX, number_B, _ = _sudoku.solve(puzzles_BX[asked])
   for number, problem in ((0, 'none'), (2, 'several')):
     wrong_B = np.zeros(len(given_B), bool)
     wrong_B[asked] = number_B == number
-    _first(rows, wrong_B, f'puzzle must have one solution, got {problem}')
+    rows.check(wrong_B, f'puzzle must have one solution, got {problem}')
   solutions_BX[asked] = found_BX
   return puzzles_BX, solutions_BX
-
-
-def _first(rows, wrong_B, problem):
-  if wrong_B.any():
-    raise rows.error(int(wrong_B.argmax()), problem)

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
-from recursive_weights.models.kernels import token_half
+from recursive_weights.models.kernels import tiling
 
-EPS = token_half.EPS
+EPS = 1e-5
 
 
 class Tiles(NamedTuple):
@@ -79,7 +79,7 @@ def apply(
       f'width and hidden must be multiples of 16, got {width} and {hidden}'
     )
   tiles = Tiles() if tiles is None else tiles
-  divisor = token_half.divisor
+  divisor = tiling.divisor
   tiles = tiles._replace(
     hidden=divisor(hidden, tiles.hidden),
     width=divisor(width, tiles.width),
@@ -127,11 +127,11 @@ def _mix_backward(tiles, interpret, saved, g_ND):
   )
   gate_up_D2F = jnp.concatenate([gate_DF, up_DF], 1)
   dx_ND = dr_ND + dgate_up_N2F @ gate_up_D2F.T
-  dgate_DF, dup_DF = jnp.split(token_half.dot(x_ND.T, dgate_up_N2F), 2, axis=1)
+  dgate_DF, dup_DF = jnp.split(tiling.dot(x_ND.T, dgate_up_N2F), 2, axis=1)
   dparams = {
     'gate': dgate_DF,
     'up': dup_DF,
-    'down': token_half.dot(hidden_NF.T, dr_ND),
+    'down': tiling.dot(hidden_NF.T, dr_ND),
   }
   return {k: d.astype(params[k].dtype) for k, d in dparams.items()}, dx_ND
 
@@ -170,8 +170,8 @@ def _gated_kernel(gate_ref, up_ref, x_ref, hidden_ref, *, tiles):
     at = pl.ds(index * tiles.width, tiles.width)
     x = _load(x_ref, first, tiles.rows, total, at)
     gate, up = sums
-    gate += token_half.dot(x, gate_ref[at, columns])
-    up += token_half.dot(x, up_ref[at, columns])
+    gate += tiling.dot(x, gate_ref[at, columns])
+    up += tiling.dot(x, up_ref[at, columns])
     return gate, up
 
   zeros = jnp.zeros((tiles.rows, tiles.hidden), jnp.float32)
@@ -201,7 +201,7 @@ def _down_kernel(hidden_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   def body(index, r):
     at = pl.ds(index * tiles.down_width, tiles.down_width)
     h = _load(hidden_ref, first, tiles.down_rows, total, at)
-    return r + token_half.dot(h, down_ref[at, :])
+    return r + tiling.dot(h, down_ref[at, :])
 
   r = jnp.zeros((tiles.down_rows, width), jnp.float32)
   steps = hidden_ref.shape[1] // tiles.down_width
@@ -253,16 +253,16 @@ def _gated_backward_kernel(
     x = _load(x_ref, first, rows, total, at)
     dr = _load(dr_ref, first, rows, total, at)
     gate, up, dh = sums
-    gate += token_half.dot(x, gate_ref[at, columns])
-    up += token_half.dot(x, up_ref[at, columns])
-    dh += token_half.dot(dr, down_ref[columns, at].T)
+    gate += tiling.dot(x, gate_ref[at, columns])
+    up += tiling.dot(x, up_ref[at, columns])
+    dh += tiling.dot(dr, down_ref[columns, at].T)
     return gate, up, dh
 
   zeros = jnp.zeros((rows, units), jnp.float32)
   sums = jax.lax.fori_loop(
     0, width // tiles.back_width, body, (zeros, zeros, zeros)
   )
-  dgate, dup, h = token_half.swiglu_backward(*sums)
+  dgate, dup, h = tiling.swiglu_backward(*sums)
   _store(dgate_up_ref, dgate, first, total, columns)
   _store(dgate_up_ref, dup, first, total, pl.ds(hidden + start, units))
   _store(hidden_ref, h, first, total, columns)

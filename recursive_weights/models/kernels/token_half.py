@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
+from recursive_weights.models.kernels import tiling
 
 EPS = 1e-5
 
@@ -24,8 +25,8 @@ class Tiles(NamedTuple):
 
   columns: features of an example in a program. hidden: units in a step of its
   loop. warps, stages: of the program, and of its loads in flight. whole: the
-  tokens as one power of two, else in pieces (`pieces_of`). `back_*`: the same
-  of the backward pass.
+  tokens as one power of two, else in pieces (`tiling.pieces_of`). `back_*`: the
+  same of the backward pass.
   """
 
   columns: int = 128
@@ -76,10 +77,10 @@ def apply(
     )
   tiles = Tiles() if tiles is None else tiles
   tiles = tiles._replace(
-    columns=divisor(columns, tiles.columns),
-    hidden=divisor(hidden, tiles.hidden),
-    back_columns=divisor(columns, tiles.back_columns),
-    back_hidden=divisor(hidden, tiles.back_hidden),
+    columns=tiling.divisor(columns, tiles.columns),
+    hidden=tiling.divisor(hidden, tiles.hidden),
+    back_columns=tiling.divisor(columns, tiles.back_columns),
+    back_hidden=tiling.divisor(hidden, tiles.back_hidden),
   )
   if interpret is None:
     interpret = jax.default_backend() != 'gpu'
@@ -106,11 +107,11 @@ def _mix_backward(tiles, interpret, saved, g_TN):
     weights, x_TN, y_TN, scale_N, g_TN, tiles, interpret
   )
   # Sums over all columns: plain products with a long contraction.
-  dgate_TF, dup_TF = unpair(dot(x_TN, dpair_N2F), tiles.back_hidden)
+  dgate_TF, dup_TF = unpair(tiling.dot(x_TN, dpair_N2F), tiles.back_hidden)
   dparams = {
     'gate': dgate_TF,
     'up': dup_TF,
-    'down': dot(dr_TN, hidden_NF).T,
+    'down': tiling.dot(dr_TN, hidden_NF).T,
   }
   return {k: d.astype(params[k].dtype) for k, d in dparams.items()}, dx_TN
 
@@ -125,7 +126,7 @@ def _weights(params, dtype, units, whole):
   """
   pairs_T2F = pair(params['gate'], params['up'], units)
   tokens = pairs_T2F.shape[0]
-  padded = sum(pieces_of(tokens, whole)[-1])
+  padded = sum(tiling.pieces_of(tokens, whole)[-1])
   padding = ((0, padded - tokens), (0, 0))
   return tuple(
     jnp.pad(weight.astype(dtype), padding)
@@ -153,63 +154,8 @@ def join(a: Array, b: Array) -> Array:
   return jnp.stack([a, b], 2).transpose(0, 2, 1).reshape(rows, 2 * units)
 
 
-def divisor(size, most):
-  """The largest power of two that divides size, at most `most`."""
-  return min(most, size & -size)
-
-
-def pieces_of(tokens, whole=False):
-  """`(start, size)` of descending powers of two that cover the tokens.
-
-  81 -> 64 + 32, 97 -> 64 + 32 + 16: less padding than one power of two, and
-  matrix units take multiples of 16.
-  """
-  if whole:
-    return [(0, max(16, pl.next_power_of_2(tokens)))]
-  pieces, start, left = [], 0, -(-tokens // 16) * 16
-  for size in (256, 128, 64, 32, 16):
-    if left >= size:
-      pieces.append((start, size))
-      start, left = start + size, left - size
-  return pieces
-
-
-def _rows(start, size, tokens):
-  """Slice of a piece and the mask of its rows that exist, or None."""
-  if start + size <= tokens:
-    return pl.ds(start, size), None
-  # A start that is known only when run may reach past the end.
-  first = start + 0 * pl.program_id(0)
-  return pl.ds(first, size), (start + jnp.arange(size) < tokens)[:, None]
-
-
-def _load(ref, columns, whole):
-  """The pieces of some columns; rows past the last token are zero."""
-  values = []
-  for piece in pieces_of(ref.shape[0], whole):
-    rows, mask = _rows(*piece, ref.shape[0])
-    other = None if mask is None else 0.0
-    values.append(plgpu.load(ref.at[rows, columns], mask=mask, other=other))
-  return values
-
-
 def _turn(value, ref):
   return value.astype(ref.dtype).T
-
-
-def _store(ref, columns, values, whole):
-  pieces = pieces_of(ref.shape[0], whole)
-  for value, piece in zip(values, pieces, strict=True):
-    rows, mask = _rows(*piece, ref.shape[0])
-    plgpu.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
-
-
-def dot(a: Array, b: Array) -> Array:
-  """`a b` with sums in float32."""
-  if jax.default_backend() == 'cpu':
-    # Exact, and the CPU lacks some mixed products.
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def _sum(terms):
@@ -218,21 +164,25 @@ def _sum(terms):
 
 def _product(xs_turned, weights):
   """`x^T w` with tokens, in pieces, contracted."""
-  return _sum([dot(x, w) for x, w in zip(xs_turned, weights, strict=True)])
+  return _sum(
+    [tiling.dot(x, w) for x, w in zip(xs_turned, weights, strict=True)]
+  )
 
 
 def _forward_kernel(pairs_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   tokens, hidden = x_ref.shape[0], down_ref.shape[1]
   units, whole = tiles.hidden, tiles.whole
   columns = pl.ds(pl.program_id(0) * tiles.columns, tiles.columns)
-  turned = [x.T for x in _load(x_ref, columns, whole)]
+  turned = [x.T for x in tiling.load(x_ref, columns, whole)]
 
   def body(index, sums):
-    pairs = _load(pairs_ref, pl.ds(index * 2 * units, 2 * units), whole)
+    pairs = tiling.load(pairs_ref, pl.ds(index * 2 * units, 2 * units), whole)
     u, v = jax.lax.split(_product(turned, pairs), (units, units), axis=1)
     h = (u * jax.nn.sigmoid(u) * v).astype(x_ref.dtype)
-    downs = _load(down_ref, pl.ds(index * units, units), whole)
-    return tuple(s + dot(h, w.T) for s, w in zip(sums, downs, strict=True))
+    downs = tiling.load(down_ref, pl.ds(index * units, units), whole)
+    return tuple(
+      s + tiling.dot(h, w.T) for s, w in zip(sums, downs, strict=True)
+    )
 
   # Rows past the last token are zero in x and in the weights.
   sums = tuple(x.astype(jnp.float32) for x in turned)
@@ -240,7 +190,7 @@ def _forward_kernel(pairs_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   scale = jax.lax.rsqrt(_sum([(r * r).sum(1) for r in rs]) / tokens + EPS)
   scale_ref[columns] = scale
   ys = [_turn(r * scale[:, None], y_ref) for r in rs]
-  _store(y_ref, columns, ys, whole)
+  tiling.store(y_ref, columns, ys, whole)
 
 
 def _forward(weights, x_TN, tiles, interpret):
@@ -281,39 +231,34 @@ def _backward_kernel(
 
   # y = r s, s = (mean r^2 + eps)^(-1/2): dr = s (g - y mean(g y)).
   scale = scale_ref[columns]
-  gs = [g.astype(jnp.float32) for g in _load(g_ref, columns, whole)]
-  ys = [y.astype(jnp.float32) for y in _load(y_ref, columns, whole)]
+  gs = [g.astype(jnp.float32) for g in tiling.load(g_ref, columns, whole)]
+  ys = [y.astype(jnp.float32) for y in tiling.load(y_ref, columns, whole)]
   mean = _sum([(g * y).sum(0) for g, y in zip(gs, ys, strict=True)]) / tokens
   drs = [
     (scale[None] * (g - y * mean[None])).astype(dtype)
     for g, y in zip(gs, ys, strict=True)
   ]
-  _store(dr_ref, columns, drs, whole)
-  xs_turned = [x.T for x in _load(x_ref, columns, whole)]
+  tiling.store(dr_ref, columns, drs, whole)
+  xs_turned = [x.T for x in tiling.load(x_ref, columns, whole)]
   drs_turned = [dr.T for dr in drs]
 
   def body(index, sums):
     at = pl.ds(index * units, units)
     at_pair = pl.ds(index * 2 * units, 2 * units)
-    pairs = _load(pairs_ref, at_pair, whole)
+    pairs = tiling.load(pairs_ref, at_pair, whole)
     u, v = jax.lax.split(_product(xs_turned, pairs), (units, units), axis=1)
-    dh = _product(drs_turned, _load(down_ref, at, whole))
-    du, dv, h = swiglu_backward(u, v, dh)
+    dh = _product(drs_turned, tiling.load(down_ref, at, whole))
+    du, dv, h = tiling.swiglu_backward(u, v, dh)
     dpair = join(du.astype(dtype), dv.astype(dtype))
     dpair_ref[columns, at_pair] = dpair
     hidden_ref[columns, at] = h.astype(dtype)
-    return tuple(s + dot(dpair, w.T) for s, w in zip(sums, pairs, strict=True))
+    return tuple(
+      s + tiling.dot(dpair, w.T) for s, w in zip(sums, pairs, strict=True)
+    )
 
   sums = tuple(dr.astype(jnp.float32) for dr in drs_turned)
   dxs = jax.lax.fori_loop(0, hidden // units, body, sums)
-  _store(dx_ref, columns, [_turn(dx, dx_ref) for dx in dxs], whole)
-
-
-def swiglu_backward(u: Array, v: Array, dh: Array) -> tuple[Array, ...]:
-  """`(du, dv, h)` of h = silu(u) v, in float32."""
-  s = jax.nn.sigmoid(u)
-  a = u * s
-  return dh * v * (s + a * (1 - s)), dh * a, a * v
+  tiling.store(dx_ref, columns, [_turn(dx, dx_ref) for dx in dxs], whole)
 
 
 def _backward(weights, x_TN, y_TN, scale_N, g_TN, tiles, interpret):

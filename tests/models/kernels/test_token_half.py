@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from recursive_weights.models.kernels import token_half
+from recursive_weights.models.kernels import tiling, token_half
 from recursive_weights.models.layers import trm_block
 
 TILES = token_half.Tiles(columns=32, hidden=16, back_columns=32, back_hidden=32)
@@ -81,7 +81,7 @@ def test_fused_in_bfloat16_is_as_far_from_float32_as_plain():
 
 def test_pieces_cover_the_tokens_once():
   for tokens in (16, 17, 81, 97, 100, 256):
-    pieces = token_half.pieces_of(tokens)
+    pieces = tiling.pieces_of(tokens)
     covered = [t for start, size in pieces for t in range(start, start + size)]
     assert covered == list(range(-(-tokens // 16) * 16))
 

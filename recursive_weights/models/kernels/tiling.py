@@ -1,0 +1,71 @@
+"""What the kernels share: how rows are cut, loaded and multiplied."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from recursive_weights.interfaces import Array
+
+
+def divisor(size: int, most: int) -> int:
+  """The largest power of two that divides size, at most `most`."""
+  return min(most, size & -size)
+
+
+def pieces_of(tokens: int, whole: bool = False) -> list[tuple[int, int]]:
+  """`(start, size)` of descending powers of two that cover the tokens.
+
+  81 -> 64 + 32, 97 -> 64 + 32 + 16: less padding than one power of two, and
+  matrix units take multiples of 16.
+  """
+  if whole:
+    return [(0, max(16, pl.next_power_of_2(tokens)))]
+  pieces, start, left = [], 0, -(-tokens // 16) * 16
+  for size in (256, 128, 64, 32, 16):
+    if left >= size:
+      pieces.append((start, size))
+      start, left = start + size, left - size
+  return pieces
+
+
+def _rows(start, size, tokens):
+  """Slice of a piece and the mask of its rows that exist, or None."""
+  if start + size <= tokens:
+    return pl.ds(start, size), None
+  # A start that is known only when run may reach past the end.
+  first = start + 0 * pl.program_id(0)
+  return pl.ds(first, size), (start + jnp.arange(size) < tokens)[:, None]
+
+
+def load(ref, columns, whole: bool) -> list[Array]:
+  """The pieces of some columns; rows past the last token are zero."""
+  values = []
+  for piece in pieces_of(ref.shape[0], whole):
+    rows, mask = _rows(*piece, ref.shape[0])
+    other = None if mask is None else 0.0
+    values.append(plgpu.load(ref.at[rows, columns], mask=mask, other=other))
+  return values
+
+
+def store(ref, columns, values: list[Array], whole: bool) -> None:
+  """The reverse of `load`."""
+  pieces = pieces_of(ref.shape[0], whole)
+  for value, piece in zip(values, pieces, strict=True):
+    rows, mask = _rows(*piece, ref.shape[0])
+    plgpu.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
+
+
+def dot(a: Array, b: Array) -> Array:
+  """`a b` with sums in float32."""
+  if jax.default_backend() == 'cpu':
+    # Exact, and the CPU lacks some mixed products.
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def swiglu_backward(u: Array, v: Array, dh: Array) -> tuple[Array, ...]:
+  """`(du, dv, h)` of h = silu(u) v, in float32."""
+  s = jax.nn.sigmoid(u)
+  a = u * s
+  return dh * v * (s + a * (1 - s)), dh * a, a * v

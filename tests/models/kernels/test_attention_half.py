@@ -1,0 +1,76 @@
+"""Fused attention: the values and gradients of the plain one."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from recursive_weights.models.kernels import attention
+from recursive_weights.models.layers import trm_block
+
+
+def setup(tokens, batch, width, heads, turns, dtype):
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = trm_block.attention_init(keys[0], width)
+  x_TBD = jax.random.normal(keys[1], (tokens, batch, width)).astype(dtype)
+  g_TBD = jax.random.normal(keys[2], (tokens, batch, width)).astype(dtype)
+  turn = trm_block.rotation(tokens, width // heads) if turns else None
+  options = {'heads': heads, 'turn': turn}
+  fused = functools.partial(attention.apply, interpret=True, **options)
+  plain = functools.partial(trm_block.attention_half, **options)
+  return fused, plain, (params, x_TBD, g_TBD)
+
+
+def value_and_gradients(half, params, x_TBD, g_TBD):
+  @jax.jit
+  def both(params, x_TBD):
+    y_TBD, pull = jax.vjp(half, params, x_TBD)
+    return y_TBD, pull(g_TBD)
+
+  return both(params, x_TBD)
+
+
+@pytest.mark.parametrize(
+  'tokens, batch, turns', [(97, 2, True), (17, 3, False), (16, 1, True)]
+)
+def test_fused_is_plain_in_float32(tokens, batch, turns):
+  fused, plain, case = setup(tokens, batch, 64, 2, turns, jnp.float32)
+  chex.assert_trees_all_close(
+    value_and_gradients(fused, *case),
+    value_and_gradients(plain, *case),
+    rtol=2e-5,
+    atol=2e-5,
+  )
+
+
+def test_fused_in_bfloat16_is_as_far_from_float32_as_plain():
+  fused, plain, case = setup(33, 2, 64, 2, True, jnp.bfloat16)
+  params, x_TBD, g_TBD = case
+  exact = value_and_gradients(
+    plain, params, x_TBD.astype(jnp.float32), g_TBD.astype(jnp.float32)
+  )
+
+  def distance(half):
+    return jax.tree.map(
+      lambda a, b: (
+        jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+      ),
+      value_and_gradients(half, *case),
+      exact,
+    )
+
+  for ours, theirs in zip(
+    jax.tree.leaves(distance(fused)),
+    jax.tree.leaves(distance(plain)),
+    strict=True,
+  ):
+    assert ours < 1.2 * theirs + 1e-3
+    assert ours < 2e-2
+
+
+def test_sizes_that_do_not_fit_are_named():
+  fused, _, (params, x_TBD, _) = setup(9, 1, 48, 2, False, jnp.float32)
+  with pytest.raises(ValueError, match='9 tokens, 2 heads of 24'):
+    fused(params, x_TBD)

@@ -93,8 +93,8 @@ def make(
       synchronised for the answer and for attention.
     self_pairs: of these, pairs of a neuron with itself ('random-pairing').
     position: 'learned', 'rotation' or 'none', see `ctm_attention.init`.
-    stem: channels of a convolutional stem on float inputs that are a square
-      read row by row; 0 for none.
+    stem: channels of a convolutional stem on inputs that are a square read
+      row by row; 0 for none.
     vocabulary: number of tokens; 0 for as many as classes.
     dropout: rate on attention, synapses and histories, in training.
     gate: adaptive gate on histories (one gate per slot); without it no part
@@ -116,7 +116,9 @@ def make(
   length = spec.inputs.shape[0]
   outputs = int(np.prod(spec.answer)) * spec.classes
   activation = nlm.get('activation', 'glu')
-  table = ctm_attention.uses_table(spec.inputs, tokens, heads, input_width)
+  table = ctm_attention.uses_table(
+    spec.inputs, tokens, heads, input_width, stem
+  )
   pairs = {
     side: ctm_sync.make_pairs(pairing, side, width, count, self_pairs, seed)
     for side, count in (('out', sync_out), ('action', sync_action))
@@ -362,8 +364,8 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
       f'{spec.inputs.dtype}{list(spec.inputs.shape)}'
     )
   length = spec.inputs.shape[0]
-  if given['stem'] and (integer or math.isqrt(length) ** 2 != length):
+  if given['stem'] and math.isqrt(length) ** 2 != length:
     raise UserError(
-      'stem must be 0 unless inputs are float vectors of a square of places, '
+      'stem must be 0 unless inputs are a square of places, '
       f'got {given["stem"]} for {spec.inputs.dtype}{list(spec.inputs.shape)}'
     )

@@ -25,9 +25,11 @@ POSITIONS = ('learned', 'rotation', 'none')
 _TABLE_LIMIT = 4
 
 
-def uses_table(inputs, vocabulary: int, heads: int, input_width: int) -> bool:
+def uses_table(
+  inputs, vocabulary: int, heads: int, input_width: int, stem: int = 0
+) -> bool:
   """Whether keys and values are a table; `inputs`: of one example."""
-  if not jnp.issubdtype(inputs.dtype, jnp.integer):
+  if stem or not jnp.issubdtype(inputs.dtype, jnp.integer):
     return False
   return heads * inputs.shape[0] * vocabulary <= _TABLE_LIMIT * input_width
 
@@ -51,15 +53,16 @@ def init(
     position: 'learned': a vector for each position; 'rotation': a dense layer
       of (-sin, cos) of an angle that goes from 0 to pi over the positions;
       'none'.
-    stem: channels of two 3x3 convolutions over float inputs, whose T places
-      are then a square read row by row; 0 for none.
+    stem: channels of two 3x3 convolutions over the inputs (tokens as one-hot
+      vectors), whose T places are then a square read row by row; 0 for none.
   """
   keys = iter(jax.random.split(key, 12))
   features: Tree = {
     'linear': dense.init(next(keys), width, width),
     'norm': dense.norm_init(width),
   }
-  if jnp.issubdtype(inputs.dtype, jnp.integer):
+  integer = jnp.issubdtype(inputs.dtype, jnp.integer)
+  if integer and not stem:
     table = jax.random.normal(next(keys), (vocabulary, width))
     features['embedding'] = table
   else:
@@ -79,8 +82,9 @@ def init(
   out = dense.init(next(keys), width, width)
   attention['out'] = out | {'bias': jnp.zeros([width])}
   if stem:
+    channels = vocabulary if integer else inputs.shape[-1]
     features['stem'] = {
-      'first': _convolution(next(keys), inputs.shape[-1], stem),
+      'first': _convolution(next(keys), channels, stem),
       'second': _convolution(next(keys), stem, stem),
     }
   return features, attention
@@ -115,7 +119,11 @@ def tokens(params: Tree, inputs: Array, dtype) -> Array:
   if 'embedding' in params:
     x = params['embedding'].astype(dtype)[inputs]
   else:
-    x = inputs.astype(dtype)
+    x = inputs
+    if jnp.issubdtype(x.dtype, jnp.integer):
+      vocabulary = params['stem']['first']['kernel'].shape[2]
+      x = jax.nn.one_hot(x, vocabulary)
+    x = x.astype(dtype)
     if 'stem' in params:
       x = _stem(params['stem'], x, dtype)
     x = dense.apply(params['dense'], x)

@@ -41,6 +41,7 @@ def make(
   multiple: int = 256,
   remat: bool = False,
   unrolled: int = 1,
+  fused: bool | trm_block.Halves | None = None,
   dtype: Any = 'float32',
 ) -> Model:
   """A network f of a few blocks, an answer y and a thought z for every token.
@@ -90,6 +91,8 @@ def make(
     remat: less memory, more time: updates run again in the backward pass.
     unrolled: updates of z in one body of the compiled loop; n or more: no
       loop, which is faster on a GPU and takes longer to compile.
+    fused: blocks as GPU kernels, where their sizes fit; None for where there is
+      one GPU; or the programs of a block's halves themselves.
     dtype: of the states; norms, softmax, logits and halting are float32.
 
   Raises:
@@ -102,7 +105,7 @@ def make(
     'layers': layers,
     'expansion': expansion,
     'multiple': multiple,
-    'halves': trm_block.Halves(),
+    'halves': _halves(fused),
   }
   if cell == 'symmetric':
     parts = trm_cells.symmetric(
@@ -193,6 +196,17 @@ def make(
     return outputs, jax.lax.stop_gradient(state)
 
   return Model(init=init, carry=carry, apply=apply, recursion=recursion)
+
+
+def _halves(fused):
+  if isinstance(fused, trm_block.Halves):
+    return fused
+  if fused is False:
+    return trm_block.Halves()
+  # Kernels are imported where they are used.
+  from recursive_weights.models.kernels import halves
+
+  return halves.make(fused)
 
 
 def _swap(tree):

@@ -14,10 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from recursive_weights.config import tuples
-from recursive_weights.interfaces import Model, Objective, Task, UserError
+from recursive_weights.interfaces import (
+  Model,
+  Objective,
+  Slots,
+  Task,
+  UserError,
+)
 from recursive_weights.training import optimizers
 from recursive_weights.training.loop import Experiment, evaluate_all
-from recursive_weights.training.state import make_init, make_step
+from recursive_weights.training.state import (
+  empty_slots,
+  make_init,
+  make_step,
+)
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -105,6 +115,21 @@ def check(config: dict[str, Any]) -> list[str]:
       errors.append(
         f"{name}.mode must be 'max' or 'min', got {config[name]['mode']!r}"
       )
+  slots = train['slots']
+  if slots['steps'] < 0 or slots['empty_every'] < 0:
+    errors.append(
+      'training.slots needs steps >= 0 (0: off) and empty_every >= 0, got '
+      f'{slots["steps"]} and {slots["empty_every"]}'
+    )
+  if not 0 <= slots['explore'] <= 1:
+    errors.append(
+      f'training.slots.explore must lie in [0, 1], got {slots["explore"]}'
+    )
+  if slots['steps'] and train['keep_carry']:
+    errors.append(
+      'training.keep_carry must be False with training.slots, which keep the '
+      'carry of a row as long as its example, got True'
+    )
   lipschitz = config['recursive']['lipschitz']
   if lipschitz['weight'] < 0 or lipschitz['scale'] <= 0:
     errors.append(
@@ -125,10 +150,19 @@ def build_objective(config: dict[str, Any]) -> Objective:
   return objective.make(fields.pop('name'), **fields)
 
 
-def example(task: Task, batch_size: int) -> jax.ShapeDtypeStruct:
-  """Shape of one batch's inputs."""
-  inputs = task.spec.inputs
-  return jax.ShapeDtypeStruct((batch_size, *inputs.shape), inputs.dtype)
+def build_slots(fields: dict[str, Any]) -> Slots | None:
+  """The slots of `config.training.slots`, None for none."""
+  from recursive_weights.recursion import slots
+
+  return slots.make(**fields) if fields['steps'] else None
+
+
+def example(task: Task, batch_size: int):
+  """Shapes of one batch's inputs."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype),
+    task.spec.inputs,
+  )
 
 
 def build_model(config: dict[str, Any], task: Task) -> Model:
@@ -236,6 +270,12 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
   optimizer, schedule = optimizers.make(
     shapes, train['steps'], **config['optimizer']
   )
+  slots = build_slots(train['slots'])
+  first_slots = None
+  if slots is not None:
+    batch = tasks[0].batch('train', 0, train['batch_size'])
+    first_slots = empty_slots(model, tasks[0], objective, slots, batch)
+  averaged = optimizers.averaged(config['optimizer']['groups'])
   evaluators = {
     when: build_evaluators(
       config['evaluators'][when],
@@ -259,6 +299,8 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
       accumulation=train['accumulation'],
       loss_scale=train['loss_scale'],
       keep_carry=train['keep_carry'],
+      slots=slots,
+      averaged=averaged,
       axis=axis,
     )
 
@@ -272,6 +314,7 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
       batch_size=train['batch_size'],
       ema_decay=train['ema_decay'],
       keep_carry=train['keep_carry'],
+      first_slots=first_slots,
     ),
     make_step=step,
     **evaluators,

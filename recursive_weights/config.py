@@ -42,6 +42,7 @@ def base() -> ConfigDict:
         'b2': 0.999,
         'eps': 1e-8,
         'clip_norm': 1.0,
+        'moments': 'float32',  # dtype they are kept in; or bfloat16
         'schedule': {
           'name': 'cosine',
           'warmup_steps': 0,
@@ -53,6 +54,7 @@ def base() -> ConfigDict:
             'lr_scale': 1.0,
             'weight_decay': 0.0,
             'frozen': False,
+            'sign': False,  # sign descent on the rows that a batch uses
           }
         },
       },
@@ -63,6 +65,9 @@ def base() -> ConfigDict:
         'steps_per_dispatch': 10,  # steps in one compiled program
         'ema_decay': 0.0,  # 0: no average
         'keep_carry': False,  # the model's carry passes from batch to batch
+        # Deep supervision: rows keep their example until they halt, at most
+        # `steps` training steps (0: off); see `recursion.slots`.
+        'slots': {'steps': 0, 'explore': 0.1, 'empty_every': 0},
         'loss_scale': 1.0,  # for float16, whose gradients underflow
         'report_every': 100,
         'evaluate_every': 500,
@@ -84,6 +89,23 @@ def to_data(config: ConfigDict) -> dict[str, Any]:
 def from_data(data: dict[str, Any]) -> ConfigDict:
   """The config that `to_data` made `data` of."""
   return ConfigDict(tuples(data))
+
+
+def complete(data: dict[str, Any]) -> dict[str, Any]:
+  """A stored config with the fields of the house that it is older than.
+
+  Fields that a config lacks are at their neutral values, at which the program
+  is the one that the config was made with.
+  """
+  house = to_data(base())
+  data = {**house, **data}
+  for name in ('optimizer', 'training', 'checkpoint', 'devices'):
+    data[name] = house[name] | data.get(name, {})
+  neutral = house['optimizer']['groups']['all']
+  groups = data['optimizer']['groups']
+  groups = {name: neutral | fields for name, fields in groups.items()}
+  data['optimizer'] = data['optimizer'] | {'groups': groups}
+  return data
 
 
 def tuples(value: Any) -> Any:

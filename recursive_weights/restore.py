@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from recursive_weights import config as config_lib
 from recursive_weights.interfaces import Tree, UserError
 from recursive_weights.training import checkpoints
 
@@ -73,9 +74,10 @@ def pretrained(name: str) -> tuple[dict[str, Any], Load]:
       f'no pretrained weights {name!r}; there are: {", ".join(known)}'
     )
   folder = PRETRAINED / name
-  return json.loads(
-    (folder / 'config.json').read_text()
-  ), lambda shapes, raw: read_npz(folder / 'weights.npz', shapes)
+  config = json.loads((folder / 'config.json').read_text())
+  return config_lib.complete(config), lambda shapes, raw: read_npz(
+    folder / 'weights.npz', shapes
+  )
 
 
 def read_npz(path: pathlib.Path, shapes: Tree) -> Tree:

@@ -2,14 +2,16 @@
 
 `WORKDIR/checkpoints/STEP/` holds
 
-  params/, ema/, rest/   arrays: parameters, their average, and optimizer
-                         state, carry, step and key
+  params/, ema/, carry/, rest/
+                         arrays: parameters, their average, what passes from
+                         batch to batch, and optimizer state, step and key
   config/config.json     the whole config, readable
   about/about.json       step, metrics, and a digest of every array
 
 Saves are asynchronous and atomic: a folder gets its name when all is written.
 A checkpoint whose digest, tree or config is not what it should be is refused
-with the reason, and the one before it is used.
+with the reason, and the one before it is used. Slots that the next step empties
+(`training.slots.empty_every`) are not saved; they come back as zeros.
 """
 
 import contextlib
@@ -20,11 +22,13 @@ import zlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
+from recursive_weights import config as config_lib
 from recursive_weights.interfaces import Tree, UserError
 from recursive_weights.training.state import State
 
@@ -44,6 +48,7 @@ IDENTITY = (
   'training.batch_size',
   'training.accumulation',
   'training.ema_decay',
+  'training.slots',
 )
 
 
@@ -61,6 +66,7 @@ def differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
 
 def foreign(ours: dict, theirs: dict) -> list[str]:
   """Differences in the fields that make two runs the same experiment."""
+  ours, theirs = config_lib.complete(ours), config_lib.complete(theirs)
   return [
     line
     for line in differences(ours, theirs)
@@ -82,12 +88,14 @@ def digest(tree: Tree) -> dict[str, str] | None:
 
 
 def _items(state: State) -> dict[str, Tree]:
-  rest = state._replace(params={}, ema={})
-  return {'params': state.params, 'ema': state.ema, 'rest': rest._asdict()}
+  own = {'params': state.params, 'ema': state.ema, 'carry': state.carry}
+  rest = state._replace(**{name: {} for name in own})
+  return own | {'rest': rest._asdict()}
 
 
 def _state(items: dict[str, Tree]) -> State:
-  return State(**(items['rest'] | {k: items[k] for k in ('params', 'ema')}))
+  own = {name: items[name] for name in ('params', 'ema', 'carry')}
+  return State(**(items['rest'] | own))
 
 
 class Refused(Exception):
@@ -125,21 +133,32 @@ class Checkpoints(NamedTuple):
   best: str
   scores: dict[int, float]
 
-  def save(self, state: State, metrics: dict[str, float]) -> None:
-    """Begins to save; returns once the state is copied off the device."""
+  def save(
+    self, state: State, metrics: dict[str, float], emptied: bool = False
+  ) -> None:
+    """Begins to save; returns once the state is copied off the device.
+
+    Args:
+      state: the plain state.
+      metrics: of this step, for the best checkpoint.
+      emptied: the next step reads nothing of the carry: it is not saved.
+    """
     step = int(np.ravel(np.asarray(state.step))[0])
     if step in self.manager.all_steps():
       return
+    if emptied:
+      state = state._replace(carry={})
     items = {k: v for k, v in _items(state).items() if jax.tree.leaves(v)}
     about = {
       'step': step,
+      'emptied': emptied,
       'metrics': metrics,
       'items': sorted(items),
       'digest': {name: digest(item) for name, item in items.items()},
     }
     # A CPU array may be written while the next step reuses its donated
     # buffer, so the writer gets a copy.
-    items = jax.tree.map(jax.numpy.copy, items)
+    items = jax.tree.map(jnp.copy, items)
     self.scores.pop(step, None)
     if self.best in metrics:
       self.scores[step] = metrics[self.best]
@@ -252,6 +271,7 @@ def open_folder(
       'about': ocp.JsonCheckpointHandler('about.json'),
       'params': ocp.StandardCheckpointHandler(),
       'ema': ocp.StandardCheckpointHandler(),
+      'carry': ocp.StandardCheckpointHandler(),
       'rest': ocp.StandardCheckpointHandler(),
     },
   )
@@ -291,6 +311,9 @@ def _restore(
     if not jax.tree.leaves(tree):
       items[name] = tree
       continue
+    if name == 'carry' and about.get('emptied'):
+      items[name] = _zeros(tree)
+      continue
     if name not in about['items']:
       raise Refused(f'it holds no {name}')
     try:
@@ -307,6 +330,14 @@ def _restore(
   return items
 
 
+def _zeros(abstract: Tree) -> Tree:
+  def make():
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
+
+  shardings = jax.tree.map(lambda s: s.sharding, abstract)
+  return jax.jit(make, out_shardings=shardings)()
+
+
 def read_config(path: str | pathlib.Path) -> dict[str, Any]:
   """The config stored in a checkpoint folder or a workdir.
 
@@ -317,7 +348,7 @@ def read_config(path: str | pathlib.Path) -> dict[str, Any]:
   for candidate in (path / 'config' / 'config.json', path / 'config.json'):
     if candidate.exists():
       try:
-        return json.loads(candidate.read_text())
+        return config_lib.complete(json.loads(candidate.read_text()))
       except ValueError as error:
         raise UserError(f'{candidate} is not JSON ({error})') from error
   raise UserError(f'no config.json in {path}: is it a workdir of train.py?')
@@ -347,7 +378,7 @@ def load(
 
   Args:
     path: workdir, or one checkpoint's folder.
-    abstract: shapes (and shardings) by item: 'params', 'ema', 'rest'.
+    abstract: shapes (and shardings) by item: 'params', 'ema', 'carry', 'rest'.
 
   Raises:
     UserError: no checkpoint can be used; the message gives each one's reason.

@@ -124,6 +124,10 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       config['checkpoint']['every'],
       *(n for n, _ in experiment.every),
     ]
+    # Where slots are emptied, checkpoints are small: that is where to leave.
+    empty_every = train['slots']['steps'] and train['slots']['empty_every']
+    if empty_every:
+      intervals.append(empty_every)
     plan = _plan(step, total, train['steps_per_dispatch'], intervals)
     loader = stack.enter_context(futures.ThreadPoolExecutor(1))
     fetch = _fetcher(experiment, train)
@@ -159,7 +163,8 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       report = step % train['report_every'] == 0 or step == total
       evaluate = step % train['evaluate_every'] == 0 or step == total
       save = step % config['checkpoint']['every'] == 0 or step == total
-      if not (report or evaluate or save):
+      emptied = bool(empty_every) and step % empty_every == 0
+      if not (report or evaluate or save or emptied):
         continue
       _check(previous, saved)
       line: dict[str, float] = {}
@@ -178,16 +183,18 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
         writer.write(step, line)
       stop = metrics.should_stop(writer.history, **config['early_stopping'])
       if save or stop:
-        saved.save(placement.gather(state), _scores(writer.history, step))
-      if config['max_minutes'] and (
-        time.monotonic() - begun > 60 * config['max_minutes']
-      ):
+        saved.save(
+          placement.gather(state), _scores(writer.history, step), emptied
+        )
+      over = time.monotonic() - begun > 60 * config['max_minutes']
+      if config['max_minutes'] and over and (emptied or not empty_every):
         interrupted.ask(f'max_minutes = {config["max_minutes"]} are over')
 
     if previous is not None:
       _check(previous, saved)
     plain = placement.gather(state)
-    saved.save(plain, _scores(writer.history, step))
+    emptied = bool(empty_every) and step % empty_every == 0
+    saved.save(plain, _scores(writer.history, step), emptied)
     saved.wait()
     bar.close()
     if step < total and not stop:

@@ -7,6 +7,7 @@ renamed parameter cannot slip silently into the wrong group.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,6 +54,62 @@ def scale_by_adam_atan2(
       lambda m, v: jnp.arctan2(m, jnp.sqrt(v / c2)) / c1, m, v
     )
     return updates, AdamAtan2State(count, m, v)
+
+  return optax.GradientTransformation(init, update)
+
+
+def stored_as(
+  dtype, transformation: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """The same with the float32 arrays of its state kept in another dtype.
+
+  The state is read as float32, and rounded to nearest where it is written, so
+  a moment moves only where an update changes it by more than half a unit of
+  the last place, 1/512 of it in bfloat16.
+  """
+
+  def cast(tree, old, new):
+    return jax.tree.map(lambda x: x.astype(new) if x.dtype == old else x, tree)
+
+  def init(params):
+    return cast(transformation.init(params), jnp.float32, dtype)
+
+  def update(grads, state, params=None):
+    state = cast(state, dtype, jnp.float32)
+    updates, state = transformation.update(grads, state, params)
+    return updates, cast(state, jnp.float32, dtype)
+
+  return optax.GradientTransformation(init, update)
+
+
+def sign_rows(
+  rate: optax.Schedule, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+  """Sign descent on the rows of a table that a batch has used.
+
+  p <- p (1 - lr weight_decay) - lr sign(g) for rows with a gradient; the other
+  rows neither move nor decay. It keeps no moments. For embeddings of which a
+  batch sees few, as of puzzle identities.
+
+  Source: G. Wang et al., Hierarchical Reasoning Model, 2025 (arXiv
+  2506.21734), where gradients of a table's rows are summed before the sign.
+  """
+
+  def init(params):
+    del params
+    return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+
+  def update(grads, state, params):
+    lr = rate(state.count)
+
+    def row_wise(g, p):
+      axes = tuple(range(1, g.ndim))
+      used = (g != 0).any(axes, keepdims=True)
+      return jnp.where(used, -lr * (jnp.sign(g) + weight_decay * p), 0.0)
+
+    updates = jax.tree.map(row_wise, grads, params)
+    count = optax.safe_increment(state.count)
+    return updates, optax.ScaleByScheduleState(count)
 
   return optax.GradientTransformation(init, update)
 
@@ -150,6 +207,22 @@ def label(params: Tree, patterns: dict[str, str]) -> Tree:
   return jax.tree.unflatten(structure, [hits[name][0] for name in names])
 
 
+def averaged(groups: dict) -> Callable[[Tree], Tree]:
+  """`params -> {True where the EMA averages a leaf}`.
+
+  Frozen leaves, which are exact, and tables that move by rows (`sign`), most
+  of which are at rest, are copied instead.
+  """
+
+  def mask(params):
+    labels = label(params, {g: f['pattern'] for g, f in groups.items()})
+    return jax.tree.map(
+      lambda g: not (groups[g].get('frozen') or groups[g].get('sign')), labels
+    )
+
+  return mask
+
+
 def make(
   params: Tree,
   steps: int,
@@ -160,6 +233,7 @@ def make(
   b2: float = 0.999,
   eps: float = 1e-8,
   clip_norm: float = 1.0,
+  moments: str = 'float32',
   schedule: dict,
   groups: dict,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -172,9 +246,13 @@ def make(
     learning_rate: peak learning rate.
     b1, b2, eps: moments.
     clip_norm: bound on the global gradient norm; 0 turns clipping off.
+    moments: dtype that moments are kept in, 'float32' or 'bfloat16'. The
+      latter halves their memory and needs b1 and b2 up to 0.99: see
+      `stored_as`.
     schedule: arguments of `schedule`.
-    groups: by group name `{pattern, lr_scale, weight_decay, frozen}`; decay is
-      decoupled: p <- p (1 - lr weight_decay).
+    groups: by group name `{pattern, lr_scale, weight_decay, frozen, sign}`;
+      decay is decoupled: p <- p (1 - lr weight_decay); `sign` makes it
+      `sign_rows`.
   """
   if learning_rate <= 0:
     raise UserError(f'optimizer.learning_rate must be > 0, got {learning_rate}')
@@ -183,22 +261,35 @@ def make(
   for field, beta in (('b1', b1), ('b2', b2)):
     if not 0 <= beta < 1:
       raise UserError(f'optimizer.{field} must lie in [0, 1), got {beta}')
+  if moments not in ('float32', 'bfloat16'):
+    raise UserError(
+      f"optimizer.moments must be 'float32' or 'bfloat16', got {moments!r}"
+    )
+  if moments == 'bfloat16' and max(b1, b2) > 0.99:
+    raise UserError(
+      "optimizer.moments 'bfloat16' needs b1 and b2 <= 0.99, else a moment "
+      f'rounds back to where it was; got {b1} and {b2}'
+    )
   rate = _schedule(learning_rate, steps, **schedule)
-  moments = {
+  known = {
     'adamw': lambda: optax.scale_by_adam(b1, b2, eps),
     'adam_atan2': lambda: scale_by_adam_atan2(b1, b2),
     'sgd': lambda: optax.trace(b1),
   }
-  if name not in moments:
+  if name not in known:
     raise UserError(
-      f'optimizer.name must be one of {sorted(moments)}, got {name!r}'
+      f'optimizer.name must be one of {sorted(known)}, got {name!r}'
     )
 
-  def group(pattern, lr_scale=1.0, weight_decay=0.0, frozen=False):
+  def group(pattern, lr_scale=1.0, weight_decay=0.0, frozen=False, sign=False):
     del pattern
     if frozen:
       return optax.set_to_zero()
-    parts = [moments[name]()]
+    if sign:
+      return sign_rows(lambda t: lr_scale * rate(t), weight_decay)
+    parts = [known[name]()]
+    if moments != 'float32':
+      parts = [stored_as(jnp.dtype(moments), *parts)]
     if weight_decay:
       parts.append(optax.add_decayed_weights(weight_decay))
     parts.append(optax.scale_by_learning_rate(lambda t: lr_scale * rate(t)))

@@ -7,16 +7,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from recursive_weights.interfaces import Array, Model, Objective, Task, Tree
+from recursive_weights.interfaces import (
+  Array,
+  Model,
+  Objective,
+  Slots,
+  Task,
+  Tree,
+)
 
 
 class State(NamedTuple):
   """Everything that training needs to go on to the same bits.
 
   params, opt_state: trees. ema: averaged parameters, `{}` where there is no
-  EMA. carry: what passes from batch to batch, `{}` for none. step: updates
-  done, int32. key: PRNG key data; the keys of a step are a function of it and
-  of the step alone. With several seeds every leaf has a leading axis E.
+  EMA. carry: what passes from batch to batch, the model's own or that of the
+  slots, `{}` for none. step: updates done, int32. key: PRNG key data; the keys
+  of a step are a function of it and of the step alone. With several seeds
+  every leaf has a leading axis E.
   """
 
   params: Tree
@@ -35,23 +43,60 @@ def make_init(
   batch_size: int,
   ema_decay: float,
   keep_carry: bool,
+  first_slots: Callable[[Tree], Tree] | None = None,
 ) -> Callable[[Array], State]:
-  """`init(seed) -> State`, traceable. `inputs`: shape of a batch's inputs."""
+  """`init(seed) -> State`, traceable.
+
+  Args:
+    model, optimizer, ema_decay, keep_carry: see `make_step`.
+    inputs: shape of a batch's inputs.
+    batch_size: rows of a batch.
+    first_slots: `params -> slots`, where there are slots (`empty_slots`).
+  """
 
   def init(seed):
     key = jax.random.key(seed)
     params_key, key = jax.random.split(key)
     params = model.init(params_key, inputs)
+    carry = {}
+    if first_slots is not None:
+      carry = first_slots(params)
+    elif keep_carry:
+      carry = model.carry(params, batch_size)
     return State(
       params=params,
       opt_state=optimizer.init(params),
       ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
-      carry=model.carry(params, batch_size) if keep_carry else {},
+      carry=carry,
       step=jnp.zeros([], jnp.int32),
       key=jax.random.key_data(key),
     )
 
   return init
+
+
+def empty_slots(
+  model: Model, task: Task, objective: Objective, slots: Slots, batch: Tree
+) -> Callable[[Tree], Tree]:
+  """`params -> slots` before the first step; `batch`: shapes of a batch."""
+  size = batch['weight'].shape[0]
+  # What slots hold is augmented.
+  batch = jax.eval_shape(task.augment, jax.random.key(0), batch)
+
+  def first(params):
+    batches = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
+    carry = model.carry(params, size)
+
+    def metrics(params, carry, batch):
+      outputs, _ = model.apply(
+        params, carry, batch['inputs'], key=None, train=True
+      )
+      return _judge(task, objective, outputs, batch)
+
+    shapes = jax.eval_shape(metrics, params, carry, batches)
+    return slots.start(batches, carry, shapes)
+
+  return first
 
 
 def make_step(
@@ -65,6 +110,8 @@ def make_step(
   accumulation: int = 1,
   loss_scale: float = 1.0,
   keep_carry: bool = False,
+  slots: Slots | None = None,
+  averaged: Callable[[Tree], Tree] | None = None,
   axis: str | None = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
   """`step(state, batch) -> (state, metrics)`, one update on one batch.
@@ -73,6 +120,14 @@ def make_step(
   over `accumulation` micro-batches and, where `axis` names a mapped device
   axis (pmap), over devices. EMA: e <- d e + (1 - d) p with d warmed up as
   min(ema_decay, (1 + t) / (10 + t)), so that short trainings are averaged too.
+  Leaves that `averaged(params)` names False are copied instead.
+
+  With `slots` (`recursion.slots`) the rows trained on are those that the slots
+  hold, after the halted ones have taken theirs of the batch, and the model goes
+  on from their carry. Loss and the objective's own metrics are those of all
+  rows; the task's metrics count a slot's answer where it halted, and are means
+  over the slots' latest finished examples (0 before there is one), as is
+  `steps`, the steps that they took. `halted` is the share that now halts.
 
   Metrics are float32 scalars of this step. Where loss or gradients are not
   finite `metrics['finite']` is 0 and the state comes back as it was.
@@ -86,7 +141,13 @@ def make_step(
     penalties = outputs.get('penalties', {})
     loss = score + sum(penalties.values(), jnp.zeros([], jnp.float32))
     metrics = metrics | {'loss': score} | penalties
-    return loss * loss_scale, (metrics, carry)
+    judged = {}
+    if slots is not None:
+      judged = {
+        'halt': outputs['halt'][-1],
+        'metrics': _judge(task, objective, outputs, batch),
+      }
+    return loss * loss_scale, (metrics, (carry, judged))
 
   gradient = jax.grad(loss_of, has_aux=True)
 
@@ -104,24 +165,37 @@ def make_step(
 
     def body(total, part):
       carry, batch, index = part
-      grads, (metrics, carry) = gradient(
+      grads, aux = gradient(
         params, carry, batch, jax.random.fold_in(key, index)
       )
-      return jax.tree.map(jnp.add, total, grads), (metrics, carry)
+      return jax.tree.map(jnp.add, total, grads), aux
 
     parts = jax.tree.map(split, (carry, batch))
-    total, (metrics, carry) = jax.lax.scan(
+    total, (metrics, by_row) = jax.lax.scan(
       body,
       jax.tree.map(jnp.zeros_like, params),
       (*parts, jnp.arange(accumulation)),
     )
     grads = jax.tree.map(lambda g: g / accumulation, total)
     metrics = jax.tree.map(lambda m: m.mean(0), metrics)
-    return grads, (metrics, jax.tree.map(join, carry))
+    return grads, (metrics, jax.tree.map(join, by_row))
+
+  def refilled(state, batch, key):
+    """The slots to train on. `key` is the same on every device."""
+    size = batch['weight'].shape[0]
+    if axis is None:
+      least_B = slots.explore(key, size)
+    else:
+      least_B = slots.explore(key, size * jax.lax.axis_size(axis))
+      index = jax.lax.axis_index(axis)
+      least_B = jax.lax.dynamic_slice_in_dim(least_B, index * size, size)
+    fresh = model.carry(state.params, size)
+    return slots.refill(state.carry, batch, fresh, least_B, state.step)
 
   def step(state, batch):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     augment_key, model_key = jax.random.split(key)
+    slots_key = jax.random.fold_in(key, 2)  # `split` took 0 and 1
     if axis is None:
       batch = task.augment(augment_key, batch)
     else:
@@ -135,11 +209,24 @@ def make_step(
         lambda x: jax.lax.dynamic_slice_in_dim(x, index * rows, rows), whole
       )
       model_key = jax.random.fold_in(model_key, index)
-    size = batch['weight'].shape[0]
-    carry = state.carry if keep_carry else model.carry(state.params, size)
-    grads, (metrics, carry) = accumulated(state.params, carry, batch, model_key)
+    held = {}
+    if slots is not None:
+      held = refilled(state, batch, slots_key)
+      batch, carry = held['batch'], held['carry']
+    elif keep_carry:
+      carry = state.carry
+    else:
+      carry = model.carry(state.params, batch['weight'].shape[0])
+    grads, (metrics, (carry, judged)) = accumulated(
+      state.params, carry, batch, model_key
+    )
+    if slots is not None:
+      carry = slots.advance(held, carry, judged['halt'], judged['metrics'])
+      metrics = metrics | {'halted': carry['halted'].mean()}
     if axis is not None:
       grads, metrics = jax.lax.pmean((grads, metrics), axis)
+    if slots is not None:
+      metrics = metrics | _finished(slots, carry, axis)
     grads = jax.tree.map(lambda g: g / loss_scale, grads)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -148,6 +235,13 @@ def make_step(
       t = state.step.astype(jnp.float32)
       decay = jnp.minimum(ema_decay, (1 + t) / (10 + t))
       ema = optax.incremental_update(params, state.ema, 1 - decay)
+      if averaged is not None:
+        ema = jax.tree.map(
+          lambda mean, p, moves: mean if moves else p,
+          ema,
+          params,
+          averaged(params),
+        )
     else:
       ema = {}
     metrics = metrics | {
@@ -161,7 +255,7 @@ def make_step(
       params,
       opt_state,
       ema,
-      carry if keep_carry else {},
+      carry if keep_carry or slots is not None else {},
       state.step + 1,
       state.key,
     )
@@ -171,6 +265,25 @@ def make_step(
     return new, metrics
 
   return step
+
+
+def _judge(task, objective, outputs, batch):
+  """The task's metrics of every row's answer, float32 `[B]`."""
+  _, metrics_B = task.loss(objective.answer(outputs), batch)
+  return {name: x.astype(jnp.float32) for name, x in metrics_B.items()}
+
+
+def _finished(slots, held, axis):
+  """Means of metrics over the slots' latest finished examples."""
+  metrics_B, weight_B = slots.report(held)
+  sums = {
+    name: jnp.where(weight_B > 0, x_B * weight_B, 0.0).sum()
+    for name, x_B in metrics_B.items()
+  }
+  total = weight_B.sum()
+  if axis is not None:
+    sums, total = jax.lax.psum((sums, total), axis)
+  return {name: x / jnp.maximum(total, 1e-9) for name, x in sums.items()}
 
 
 def make_dispatch(step: Callable) -> Callable:

@@ -153,3 +153,48 @@ def test_clipping_bounds_the_update():
   found = train(optimizer, gradients(1, scale=100.0))
   moved = jax.tree.map(lambda a, b: a - b, found, PARAMS)
   np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-5)
+
+
+def test_moments_in_bfloat16_follow_those_in_float32():
+  groups = {'all': group('.*')}
+  for name in ('adamw', 'adam_atan2'):
+    fields = {'name': name, 'learning_rate': 0.01, 'b2': 0.95}
+    half = build(groups, moments='bfloat16', **fields)
+    dtypes = {x.dtype.name for x in jax.tree.leaves(half.init(PARAMS))}
+    assert dtypes == {'int32', 'bfloat16'}
+    grads = gradients(20)
+    full = train(build(groups, **fields), grads)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), full, PARAMS)
+    error = jax.tree.map(
+      lambda a, b: jnp.abs(a - b).max(), train(half, grads), full
+    )
+    for a, b in zip(*map(jax.tree.leaves, (error, moved)), strict=True):
+      assert 0 < a < 0.02 * b
+  with pytest.raises(UserError, match='needs b1 and b2'):
+    build(groups, moments='bfloat16')
+  with pytest.raises(UserError, match="got 'float8'"):
+    build(groups, moments='float8')
+
+
+def test_sign_rows_move_the_rows_of_the_batch_alone():
+  """p <- p (1 - lr wd) - lr sign(g), where a row has a gradient."""
+  groups = {
+    'table': group('a/w', sign=True, weight_decay=0.5, lr_scale=2.0),
+    'rest': group('a/b|^c'),
+  }
+  optimizer = build(groups, name='adamw', learning_rate=0.1, b2=0.95)
+  (g,) = gradients(1)
+  g['a']['w'] = g['a']['w'].at[1].set(0.0).at[2, 0].set(0.0)
+  found = train(optimizer, [g, g])['a']['w']
+  wanted = np.asarray(PARAMS['a']['w'], np.float64)
+  for _ in range(2):
+    step = np.sign(np.asarray(g['a']['w'])) + 0.5 * wanted
+    step[1] = 0
+    wanted = wanted - 0.2 * step
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+  # It keeps no moments, and the average leaves it and frozen leaves alone.
+  states = jax.tree.leaves(optimizer.init(PARAMS))
+  assert sum(x.size for x in states) < 2 * 6 + 8
+  mask = optimizers.averaged(groups | {'table': group('a/w', frozen=True)})
+  assert mask(PARAMS) == {'a': {'w': False, 'b': True}, 'c': True}
+  assert not optimizers.averaged(groups)(PARAMS)['a']['w']

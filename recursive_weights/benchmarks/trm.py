@@ -1,0 +1,455 @@
+"""Time, arithmetic and memory of a training step of Tiny Recursive Models.
+
+  python -m recursive_weights.benchmarks.trm --tokens 81 97 --fused plain fused
+
+prints one JSON line a variant: forward, backward, AdamW and EMA of one
+supervision step, with random inputs and the state donated.
+
+  python -m recursive_weights.benchmarks.trm --halves token channel
+
+times single halves instead, plain and fused with several tiles, forward and
+forward with backward, and says how far each is from float32.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from recursive_weights import interfaces
+from recursive_weights.models import trm
+from recursive_weights.models.kernels import (
+  attention,
+  channel_half,
+  halves,
+  token_half,
+)
+from recursive_weights.models.layers import trm_block
+
+WIDTH, HEADS, CLASSES, LAYERS, CYCLES, INNER = 512, 8, 11, 2, 3, 6
+
+KERNELS = {
+  'token': token_half,
+  'channel': channel_half,
+  'attention': attention,
+}
+
+# Tiles worth a measurement, as changes to the defaults. Forward and backward
+# settings are independent, so one entry tries one of each.
+SETTINGS = {
+  'token': [
+    dict(zip(token_half.Tiles._fields, values, strict=True))
+    for values in (
+      (64, 32, 4, 2, False, 64, 32, 4, 2, False),
+      (128, 32, 8, 2, False, 128, 32, 8, 2, False),
+      (64, 32, 4, 3, False, 64, 32, 4, 3, False),
+      (64, 16, 4, 3, False, 64, 16, 4, 2, False),
+      (64, 64, 4, 2, False, 128, 16, 8, 2, False),
+      (128, 64, 8, 2, False, 128, 64, 8, 2, False),
+      (64, 32, 4, 2, True, 64, 32, 4, 2, True),
+      (128, 32, 8, 2, True, 128, 32, 8, 2, True),
+      (64, 64, 4, 2, True, 64, 16, 4, 2, True),
+    )
+  ],
+  'channel': [
+    {'rows': r, 'hidden': h, 'warps': w, 'stages': s}
+    | {'back_rows': br, 'back_hidden': bh, 'back_warps': bw, 'back_stages': bs}
+    for r, h, w, s, br, bh, bw, bs in (
+      (128, 128, 8, 3, 128, 64, 8, 3),
+      (128, 128, 8, 4, 128, 128, 8, 2),
+      (128, 64, 8, 3, 64, 128, 8, 3),
+      (128, 64, 4, 3, 64, 64, 4, 3),
+      (64, 128, 4, 3, 64, 64, 4, 2),
+    )
+  ]
+  + [
+    {'down': True, 'down_width': w, 'down_stages': s}
+    for w, s in ((64, 3), (32, 4))
+  ],
+  'attention': [
+    {'warps': 8, 'back_warps': 8},
+    {'warps': 4, 'back_warps': 8},
+  ],
+}
+
+
+def flops(cell: str, tokens: int, batch: int, *, gradient: bool = True) -> dict:
+  """Multiply-adds count two. `{token | attention, channel}` of one call each,
+  and `step`, the whole training step.
+
+    E = C + 2 G forward-equivalents, C = T (n + 1) calls of the network, of
+    which the G = n + 1 of the last cycle carry a gradient
+  """
+  inner = trm_block.inner_width
+  channel = 6.0 * batch * tokens * WIDTH * inner(WIDTH)
+  if cell == 'mixer':
+    first = {'token': 6.0 * batch * tokens * inner(tokens) * WIDTH}
+  else:
+    macs = 4 * tokens * WIDTH**2 + 2 * tokens**2 * WIDTH
+    first = {'attention': 2.0 * batch * macs}
+  calls = CYCLES * (INNER + 1) + 2 * (INNER + 1) * gradient
+  one = sum(first.values()) + channel
+  return first | {'channel': channel, 'step': calls * LAYERS * one}
+
+
+def clock(run, state, *, repeats: int, calls: int) -> list[float]:
+  """Milliseconds of a call `state -> state`, means over `calls` at a time."""
+  times = []
+  for _ in range(2 + repeats):
+    started = time.perf_counter()
+    for _ in range(calls):
+      state = run(state)
+    jax.block_until_ready(state)
+    times.append(1e3 * (time.perf_counter() - started) / calls)
+  return times[2:]
+
+
+def bytes_in_use() -> int | None:
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('peak_bytes_in_use')
+
+
+def half_params(name: str, tokens: int, key):
+  inner = trm_block.inner_width
+  if name == 'attention':
+    return trm_block.attention_init(key, WIDTH)
+  width = tokens if name == 'token' else WIDTH
+  return trm_block.swiglu_init(key, width, inner(width))
+
+
+def half_program(name: str, tokens: int, tiles=None, *, fused: bool):
+  """`(params, x_TBD) -> y_TBD`, plain or fused."""
+  options = {}
+  if name == 'attention':
+    turn = trm_block.rotation(tokens, WIDTH // HEADS)
+    options = {'heads': HEADS, 'turn': turn}
+  if not fused:
+    program = getattr(trm_block, f'{name}_half')
+    return functools.partial(program, **options)
+  return functools.partial(KERNELS[name].apply, tiles=tiles, **options)
+
+
+def distances(program, exact, params, x_TBD, g_TBD) -> list[float]:
+  """`|a - b| / |b|` of value, gradient of x and of the parameters."""
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both(program, params, x_TBD, g_TBD):
+    y_TBD, pull = jax.vjp(program, params, x_TBD)
+    dparams, dx_TBD = pull(g_TBD)
+    return y_TBD, dx_TBD, dparams
+
+  found = both(program, params, x_TBD, g_TBD)
+  with jax.default_matmul_precision('highest'):
+    wide = both(exact, params, *(a.astype(jnp.float32) for a in (x_TBD, g_TBD)))
+  result = []
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wide), strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    result.append(float(np.linalg.norm(a - b) / np.linalg.norm(b)))
+  return result
+
+
+def measure_half(
+  name: str, tokens: int, batch: int, dtype: str, tiles, *, repeats: int
+) -> dict:
+  """Times of a half alone; `tiles` None for the plain one, {} for defaults."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = half_params(name, tokens, keys[0])
+  fused = tiles is not None
+  if fused:
+    tiles = KERNELS[name].Tiles()._replace(**tiles)
+  program = half_program(name, tokens, tiles, fused=fused)
+
+  def states(batch):
+    shape = (tokens, batch, WIDTH)
+    return [jax.random.normal(key, shape).astype(dtype) for key in keys[1:]]
+
+  exact = half_program(name, tokens, fused=False)
+  x_TBD, g_TBD = states(min(batch, 8))
+  line = {'error': max(distances(program, exact, params, x_TBD, g_TBD))}
+  x_TBD, g_TBD = states(batch)
+  forward = jax.jit(program)
+
+  @jax.jit
+  def both(params, x_TBD, g_TBD):
+    y_TBD, pull = jax.vjp(program, params, x_TBD)
+    return y_TBD, pull(g_TBD)
+
+  work = flops('attention' if name == 'attention' else 'mixer', tokens, batch)
+  for kind, run, passes in (
+    ('forward', lambda x: forward(params, x), 1),
+    ('both', lambda x: (both(params, x, g_TBD), x)[1], 3),
+  ):
+    if kind == 'both':
+      # The last result is waited for, not the unchanged input.
+      times = clock(
+        lambda _: both(params, x_TBD, g_TBD), None, repeats=repeats, calls=10
+      )
+    else:
+      times = clock(run, x_TBD, repeats=repeats, calls=20)
+    line[f'{kind}_ms'] = round(statistics.median(times), 4)
+    line[f'{kind}_tflops'] = round(
+      passes * work[name] / line[f'{kind}_ms'] / 1e9, 1
+    )
+  return line
+
+
+def build(cell: str, tokens: int, dtype: str, fused, *, unrolled: int, **rest):
+  """The published net on a Sudoku: 81 tokens and `tokens - 81` before them."""
+  spec = interfaces.Spec(
+    inputs=jax.ShapeDtypeStruct((81,), jnp.int32),
+    answer=(81,),
+    classes=CLASSES,
+    sizes={},
+  )
+  return trm.make(
+    spec,
+    cell=cell,
+    width=WIDTH,
+    layers=LAYERS,
+    heads=HEADS,
+    cycles=CYCLES,
+    inner=INNER,
+    prefix=tokens - 81,
+    position='rotation' if cell == 'attention' else 'none',
+    unrolled=unrolled,
+    fused=fused,
+    dtype=dtype,
+    **rest,
+  )
+
+
+def make_step(model: interfaces.Model, optimizer, *, parts: int = 1):
+  """`(state, batch) -> (state, loss)`, `state = (params, moments, ema, carry)`.
+
+  Cross-entropy of all tokens and half the halting cross-entropy; `parts`
+  micro-batches, whose gradients are means.
+  """
+
+  def loss_of(params, carry, batch):
+    outputs, carry = model.apply(params, carry, batch['inputs'], train=True)
+    logits_BTV, halt_B = outputs['logits'][0], outputs['halt'][0]
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+      logits_BTV, batch['targets']
+    ).mean()
+    right_B = (logits_BTV.argmax(-1) == batch['targets']).all(1)
+    halting = optax.sigmoid_binary_cross_entropy(
+      halt_B, right_B.astype(jnp.float32)
+    ).mean()
+    return loss + 0.5 * halting, carry
+
+  gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+  def accumulated(params, carry, batch):
+    if parts == 1:
+      return gradient(params, carry, batch)
+
+    def body(total, part):
+      (value, carry), grads = gradient(params, *part)
+      return jax.tree.map(jnp.add, total, (value, grads)), carry
+
+    split = jax.tree.map(
+      lambda x: x.reshape(parts, -1, *x.shape[1:]), (carry, batch)
+    )
+    zeros = jnp.zeros([]), jax.tree.map(jnp.zeros_like, params)
+    total, carry = jax.lax.scan(body, zeros, split)
+    value, grads = jax.tree.map(lambda x: x / parts, total)
+    carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+    return (value, carry), grads
+
+  def step(state, batch):
+    params, moments, ema, carry = state
+    (value, carry), grads = accumulated(params, carry, batch)
+    updates, moments = optimizer.update(grads, moments, params)
+    params = optax.apply_updates(params, updates)
+    ema = optax.incremental_update(params, ema, 0.001)
+    return (params, moments, ema, carry), value
+
+  return step
+
+
+def measure_step(
+  model: interfaces.Model, *, batch: int, parts: int, repeats: int
+) -> dict:
+  """Median time of a training step, and what the compiler says of it."""
+  optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=1.0)
+  stream = np.random.default_rng(0)
+  data = {
+    name: jnp.asarray(stream.integers(0, CLASSES, (batch, 81)), jnp.int32)
+    for name in ('inputs', 'targets')
+  }
+
+  def fresh(key):
+    params = model.init(key, data['inputs'])
+    ema = jax.tree.map(jnp.copy, params)
+    return params, optimizer.init(params), ema, model.carry(params, batch)
+
+  state = jax.jit(fresh)(jax.random.key(0))
+  started = time.perf_counter()
+  step = jax.jit(make_step(model, optimizer, parts=parts), donate_argnums=0)
+  compiled = step.lower(state, data).compile()
+  compile_s = time.perf_counter() - started
+  losses = []
+
+  def run(state):
+    state, value = compiled(state, data)
+    losses.append(value)
+    return state
+
+  times = clock(run, state, repeats=repeats, calls=3)
+  cost = compiled.cost_analysis() or {}
+  memory = compiled.memory_analysis()
+  return {
+    'ms': round(statistics.median(times), 3),
+    'ms_min': round(min(times), 3),
+    'losses': [round(float(x), 4) for x in (losses[0], losses[-1])],
+    # The compiler counts the body of a loop once, and no kernels.
+    'flops_compiler': cost.get('flops'),
+    'bytes_compiler': cost.get('bytes accessed'),
+    'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
+    'argument_bytes': getattr(memory, 'argument_size_in_bytes', None),
+    'peak_bytes_so_far': bytes_in_use(),
+    'compile_s': round(compile_s, 1),
+  }
+
+
+def least_bytes(tokens: int, batch: int, itemsize: int) -> float:
+  """Traffic of a step whose halves read and write the state once each."""
+  state = itemsize * batch * tokens * WIDTH
+  units = CYCLES * (INNER + 1) + 2 * (INNER + 1)
+  return 2.0 * 2 * LAYERS * units * state
+
+
+def show(line: dict, peak: float, rate: float) -> None:
+  line['tflops'] = round(rate, 2)
+  if peak:
+    line['share_of_peak'] = round(rate / peak, 4)
+  print(json.dumps(line), flush=True)
+
+
+def halves_report(flags) -> None:
+  for name, tokens in itertools.product(flags.halves, flags.tokens):
+    settings = SETTINGS[name][: flags.settings or None]
+    for tiles in (None, {}, *settings):
+      line = {'half': name, 'tokens': tokens, 'batch': flags.batch[0]}
+      line['tiles'] = 'plain' if tiles is None else tiles
+      try:
+        line |= measure_half(
+          name,
+          tokens,
+          flags.batch[0],
+          flags.dtype,
+          tiles,
+          repeats=flags.repeats,
+        )
+        show(line, flags.peak_tflops, line['both_tflops'])
+      except Exception as error:  # A setting may need more than the chip has.
+        text = f'{type(error).__name__}: {error}'
+        print(json.dumps(line | {'failed': text[:300]}), flush=True)
+
+
+def steps_report(flags) -> None:
+  grid = itertools.product(
+    flags.cell, flags.tokens, flags.batch, flags.parts, flags.fused
+  )
+  for cell, tokens, batch, parts, fused in grid:
+    line = {
+      'cell': cell,
+      'tokens': tokens,
+      'batch': batch,
+      'parts': parts,
+      'fused': fused,
+      'dtype': flags.dtype,
+      'unrolled': flags.unrolled,
+      'remat': flags.remat,
+      'device': jax.devices()[0].device_kind,
+      'jax': jax.__version__,
+    }
+    program = {
+      'plain': False,
+      'fused': halves.make(True, **TILES),
+      'token': halves.make(True, **TILES)._replace(
+        channel=trm_block.channel_half
+      ),
+    }[fused]
+    model = build(
+      cell,
+      tokens,
+      flags.dtype,
+      program,
+      unrolled=flags.unrolled,
+      remat=flags.remat,
+    )
+    try:
+      line |= measure_step(
+        model, batch=batch, parts=parts, repeats=flags.repeats
+      )
+    except Exception as error:
+      text = f'{type(error).__name__}: {error}'
+      print(json.dumps(line | {'failed': text[:300]}), flush=True)
+      continue
+    work = flops(cell, tokens, batch)['step']
+    line['flops_formula'] = work
+    line['least_bytes'] = least_bytes(
+      tokens, batch, jnp.dtype(flags.dtype).itemsize
+    )
+    show(line, flags.peak_tflops, work / line['ms'] / 1e9)
+
+
+# Tiles of whole steps, by `--tiles`.
+TILES: dict = {}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--halves', nargs='*', default=[], choices=KERNELS)
+  parser.add_argument(
+    '--settings', type=int, default=0, help='tile settings tried; 0: all'
+  )
+  parser.add_argument(
+    '--cell', nargs='+', default=['mixer'], choices=('mixer', 'attention')
+  )
+  parser.add_argument('--tokens', type=int, nargs='+', default=[81])
+  parser.add_argument('--batch', type=int, nargs='+', default=[768])
+  parser.add_argument(
+    '--parts', type=int, nargs='+', default=[1], help='micro-batches'
+  )
+  parser.add_argument(
+    '--fused',
+    nargs='+',
+    default=['plain', 'fused'],
+    choices=('plain', 'fused', 'token'),
+    help='token: only the token half',
+  )
+  parser.add_argument(
+    '--tiles',
+    default='{}',
+    help='JSON: {"token": {"columns": 64}, "channel": {...}}',
+  )
+  parser.add_argument('--dtype', default='bfloat16')
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument(
+    '--unrolled', type=int, default=INNER, help='updates of z in a loop body'
+  )
+  parser.add_argument('--remat', action='store_true')
+  parser.add_argument(
+    '--peak_tflops', type=float, default=0.0, help='of the device, 0: unknown'
+  )
+  flags = parser.parse_args()
+  for name, tiles in json.loads(flags.tiles).items():
+    word = 'over' if name == 'attention' else name
+    TILES[word] = KERNELS[name].Tiles()._replace(**tiles)
+  if flags.halves:
+    halves_report(flags)
+  else:
+    steps_report(flags)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,42 @@
+"""A block with fused halves is the plain block, and falls back where it must."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from recursive_weights.models.kernels import halves
+from recursive_weights.models.layers import trm_block
+
+
+@pytest.mark.parametrize('kind', ['mixer', 'attention'])
+def test_block_of_fused_halves_is_the_plain_block(kind):
+  keys = jax.random.split(jax.random.key(0))
+  params = trm_block.init(keys[0], kind, tokens=17, width=64, multiple=32)
+  x_TBD = jax.random.normal(keys[1], (17, 2, 64))
+  fused = halves.make(True, interpret=True)
+  options = {'heads': 2, 'turn': trm_block.rotation(17, 32)}
+  chex.assert_trees_all_close(
+    jax.jit(lambda x: trm_block.apply(params, x, halves=fused, **options))(
+      x_TBD
+    ),
+    trm_block.apply(params, x_TBD, **options),
+    rtol=2e-5,
+    atol=2e-5,
+  )
+
+
+def test_sizes_that_do_not_fit_run_plain():
+  keys = jax.random.split(jax.random.key(0))
+  params = trm_block.init(keys[0], 'mixer', tokens=9, width=12, multiple=8)
+  x_TBD = jax.random.normal(keys[1], (9, 1, 12))
+  fused = halves.make(True, interpret=True)
+  chex.assert_trees_all_equal(
+    trm_block.apply(params, x_TBD, halves=fused),
+    trm_block.apply(params, x_TBD),
+  )
+
+
+def test_without_a_gpu_halves_are_plain():
+  assert halves.make() == trm_block.Halves()
+  assert halves.make(False) == trm_block.Halves()

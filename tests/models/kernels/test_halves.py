@@ -1,8 +1,7 @@
-"""A block with fused halves is the plain block, and falls back where it must."""
+"""A block of fused halves is the plain block; odd sizes fall back to it."""
 
 import chex
 import jax
-import jax.numpy as jnp
 import pytest
 
 from recursive_weights.models.kernels import halves

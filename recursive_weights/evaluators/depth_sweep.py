@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from recursive_weights import interfaces
-from recursive_weights.evaluators import _average
+from recursive_weights.evaluators import _average, _steps
 from recursive_weights.interfaces import UserError
 
 
@@ -30,7 +30,8 @@ def make(
     batch_size: rows of a batch.
     splits: splits to measure.
     max_batches: largest number of batches of a split; None for whole splits.
-    steps: steps to report, counted from 1; `()` for all.
+    steps: steps to report, counted from 1; `()` for all that the model makes.
+      A recursion runs as far as the last of them, also beyond its own steps.
 
   Returns:
     An evaluator whose keys are `SPLIT/METRIC@STEP`, with METRIC `loss`, those
@@ -38,36 +39,26 @@ def make(
 
   Raises:
     UserError: a split is unknown or has no end, or a number is not positive;
-      when run, a step is beyond the model's last, or there is no step axis.
+      when run, there is no step axis, or a step is beyond the last of a model
+      that is no recursion.
   """
   del objective
   _average.check(task, splits, batch_size, max_batches)
   if any(step < 1 for step in steps):
     raise UserError(f'steps must be > 0, got {steps}')
 
+  last = max(steps, default=0)
+  by_step = _steps.judged(model, task, batch_size, last, 'depth_sweep')
+
   @jax.jit
   def judge(params, batch):
-    carry = model.carry(params, batch_size)
-    outputs, _ = model.apply(
-      params, carry, batch['inputs'], key=None, train=False
-    )
-    logits = outputs['logits']
-    wanted = 3 + len(task.spec.answer)
-    if logits.ndim != wanted:
-      raise UserError(
-        f'depth_sweep needs logits with a step axis first (rank {wanted}), '
-        f'got shape {logits.shape}; use the accuracy evaluator'
-      )
-    if max(steps, default=1) > len(logits):
-      raise UserError(
-        f'steps must be <= {len(logits)}, the steps of the model, got {steps}'
-      )
-
-    loss_SB, metrics_SB = jax.vmap(lambda x: task.loss(x, batch))(logits)
-    values = {'loss': loss_SB, **metrics_SB}
-    if 'certainty' in outputs:
-      certainty_SB = outputs['certainty']
-      best_1B = certainty_SB.argmax(axis=0)[None, :]
+    values = by_step(params, batch)
+    halt_SB = values.pop('halt', None)
+    certainty_SB = values.pop('certainty', None)
+    if certainty_SB is not None:
+      # Of a halting head the logit, which does not round to 1.
+      sure_SB = certainty_SB if halt_SB is None else halt_SB
+      best_1B = sure_SB.argmax(axis=0)[None, :]
       values |= {
         f'{name}@certain': jnp.take_along_axis(x_SB, best_1B, axis=0)[0]
         for name, x_SB in values.items()

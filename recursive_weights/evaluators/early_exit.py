@@ -77,8 +77,10 @@ def make(
 
   def evaluate(params, key):
     del key  # nothing here is random
-    shape = (batch_size, *task.spec.inputs.shape)
-    inputs = jax.ShapeDtypeStruct(shape, task.spec.inputs.dtype)
+    inputs = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype),
+      task.spec.inputs,
+    )
     outputs, _ = jax.eval_shape(
       lambda p, x: model.apply(
         p, model.carry(p, batch_size), x, key=None, train=False

@@ -4,12 +4,14 @@ import logging
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from recursive_weights import interfaces
 from recursive_weights.derivation import tree
-from recursive_weights.evaluators import _average
+from recursive_weights.evaluators import _average, _steps
 from recursive_weights.interfaces import UserError
+from recursive_weights.plots import answers as answers_plot
 from recursive_weights.plots import attention, curves, dynamics, spectra
 
 _log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ def make(
   output_dir: str = '',
   split: str = 'test',
   examples: int = 3,
+  steps: int = 0,
 ) -> interfaces.Evaluator:
   """Writes pictures into `output_dir/plots` and returns no numbers.
 
@@ -31,6 +34,10 @@ def make(
     attention_N.png, attention_N.gif: where the model looks, what it answers
       and how sure it is at every step, for example N (`outputs['attention']`
       `[S, B, H, T]` and `Task.picture`).
+    answer_N.png, answer_N.gif: the answer to example N after every step, with
+      its mistakes (`Task.drawing` and `outputs['logits']` with a step axis).
+    depth.png: the task's metrics by number of steps, on a whole batch, where
+      the task has drawings.
     dynamics.png: accuracy, certainty and activity by step (`outputs` with a
       step axis in `logits`, `certainty`, `activation`, `sync_out`).
     spectra.png: singular values of derived weights and of what they are
@@ -46,7 +53,9 @@ def make(
       `dynamics` shows.
     output_dir: folder to write to; '' for nowhere.
     split: split of the examples.
-    examples: number of examples with pictures of attention.
+    examples: number of examples with pictures of attention and answers.
+    steps: steps to show of answers and depth, of a recursion also more than it
+      was trained with; 0 for the model's own.
 
   Raises:
     UserError: the split is unknown, or a number is not positive.
@@ -55,6 +64,8 @@ def make(
   _average.check(task, (split,), batch_size, max_batches=1)
   if examples < 1:
     raise UserError(f'examples must be > 0, got {examples}')
+  if steps < 0:
+    raise UserError(f'steps must be >= 0, got {steps}')
 
   @jax.jit
   def look(params, batch):
@@ -67,6 +78,23 @@ def make(
   @jax.jit
   def judge(logits, batch):
     return jax.vmap(lambda answer: task.loss(answer, batch)[1])(logits)
+
+  def thought(params, batch):
+    """Metrics and answers (classes) by step; None where there are no steps."""
+    own = jax.eval_shape(look, params, batch)['logits']
+    if own.ndim != 3 + len(task.spec.answer):
+      return None
+    number = steps if model.recursion is not None else 0
+    answering = task._replace(
+      loss=lambda answer, batch: (
+        jnp.zeros(answer.shape[:1]),
+        task.loss(answer, batch)[1] | {'answer': jnp.argmax(answer, -1)},
+      )
+    )
+    rows = len(batch['weight'])
+    by_step = _steps.judged(model, answering, rows, number, 'pictures')
+    found = jax.device_get(jax.jit(by_step)(params, batch))
+    return found, len(own) if number else 0
 
   def evaluate(params, key):
     del key  # nothing here is random
@@ -85,8 +113,11 @@ def make(
       metrics_SB = judge(outputs['logits'], batch)
     seen = jax.device_get((outputs, metrics_SB))
     weights = jax.device_get(_weights(model.rules, params))
+    shown = thought(params, batch) if task.drawing is not None else None
     if jax.process_index() == 0:
       _draw_attention(folder, task, batch, *seen, examples)
+      if shown is not None:
+        _draw_answers(folder, task, batch, *shown, examples)
       _draw_dynamics(folder, *seen)
       _draw_spectra(folder, model.rules, weights)
       _draw_curves(folder)
@@ -103,16 +134,14 @@ def _spread(task, split, count):
   # Splits may be sorted by class, so their first rows show little of them.
   whole = task.batch(split, 0, size)
   rows_B = np.linspace(0, size - 1, min(count, size)).round().astype(int)
-  return {name: x[rows_B] for name, x in whole.items()}
+  return jax.tree.map(lambda x: x[rows_B], whole)
 
 
 def _draw_attention(folder, task, batch, outputs, metrics_SB, examples):
   if 'attention' not in outputs or task.picture is None:
     return
-  rows = len(batch['weight'])
-  chosen = np.linspace(0, rows - 1, min(examples, rows)).round().astype(int)
-  for number, row in enumerate(chosen):
-    example = {name: x[row] for name, x in batch.items()}
+  for number, row in enumerate(_chosen(batch, examples)):
+    example = _row(batch, row)
     target, title = example['targets'], f'Example {number}'
     shown = {}
     if 'certainty' in outputs:
@@ -126,12 +155,52 @@ def _draw_attention(folder, task, batch, outputs, metrics_SB, examples):
       else:
         accuracy_S = metrics_SB['accuracy'][:, row]
         shown['predictions'] = [f'{x:.0%} right' for x in accuracy_S]
-        if target.shape == task.spec.inputs.shape:
+        if target.shape == np.shape(example['inputs']):
           shown['right'] = right
     arguments = (task.picture(example), outputs['attention'][:, row])
     name = f'attention_{number}'
     attention.strip(folder / f'{name}.png', *arguments, title=title, **shown)
     attention.film(folder / f'{name}.gif', *arguments, title=title, **shown)
+
+
+def _draw_answers(folder, task, batch, found, trained, examples):
+  answers = found.pop('answer')
+  metrics = {
+    name: x_SB
+    for name, x_SB in found.items()
+    if name not in ('loss', 'certainty', 'halt')
+  }
+  for number, row in enumerate(_chosen(batch, examples)):
+    example = _row(batch, row)
+    images = [task.drawing(example, answer) for answer in answers[:, row]]
+    captions = [
+      f'step {step}: {share:.0%} right'
+      for step, share in enumerate(metrics['accuracy'][:, row], 1)
+    ]
+    if 'certainty' in found:
+      sure = found['certainty'][:, row]
+      captions = [
+        f'{caption}\ncertainty {x:.2f}'
+        for caption, x in zip(captions, sure, strict=True)
+      ]
+    title, name = f'Example {number}', f'answer_{number}'
+    answers_plot.strip(folder / f'{name}.png', images, captions, title=title)
+    answers_plot.film(folder / f'{name}.gif', images, captions, title=title)
+  answers_plot.depth(
+    folder / 'depth.png',
+    {name: x_SB.mean(axis=1) for name, x_SB in metrics.items()},
+    trained=trained,
+  )
+
+
+def _chosen(batch, examples):
+  """Rows at even distances of a batch."""
+  rows = len(batch['weight'])
+  return np.linspace(0, rows - 1, min(examples, rows)).round().astype(int)
+
+
+def _row(batch, row):
+  return jax.tree.map(lambda x: x[row], batch)
 
 
 def _draw_dynamics(folder, outputs, metrics_SB):

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import numpy as np
+
 from recursive_weights.interfaces import UserError
 
 # Okabe and Ito, 2008: told apart by every kind of colour vision.
@@ -49,4 +51,35 @@ def save(figure, path) -> pathlib.Path:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=150)
+  return path
+
+
+def raster(figure) -> np.ndarray:
+  """The figure's pixels, uint8 `[h, w, 3]`."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_film(path, frames: list, pause: int, last: int) -> pathlib.Path:
+  """Writes frames `[h, w, 3]` as a GIF that repeats, returns its path.
+
+  Args:
+    pause: milliseconds of each frame but the last.
+    last: milliseconds of the last one.
+  """
+  from PIL import Image
+
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  images = [Image.fromarray(frame) for frame in frames]
+  images[0].save(
+    path,
+    save_all=True,
+    append_images=images[1:],
+    duration=[pause] * (len(images) - 1) + [last],
+    loop=0,
+  )
   return path

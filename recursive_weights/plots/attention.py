@@ -124,25 +124,16 @@ def film(
   image = np.asarray(image)
   maps_SHW = _maps(image, attention_SHT)
   with _figure.style():
-    from PIL import Image
-
-    frames = []
-    for step in range(1, len(maps_SHW) + 1):
-      figure = _film_frame(
-        image, maps_SHW, step, predictions, certainty_S, right, title
+    frames = [
+      _figure.raster(
+        _film_frame(
+          image, maps_SHW, step, predictions, certainty_S, right, title
+        )
       )
-      frames.append(Image.fromarray(_raster(figure)))
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+      for step in range(1, len(maps_SHW) + 1)
+    ]
   pause = round(1000 / frames_per_second)
-  frames[0].save(
-    path,
-    save_all=True,
-    append_images=frames[1:],
-    duration=[pause] * (len(frames) - 1) + [max(1000, pause)],
-    loop=0,
-  )
-  return path
+  return _figure.save_film(path, frames, pause, max(1000, pause))
 
 
 def _film_frame(image, maps_SHW, step, predictions, certainty_S, right, title):
@@ -169,15 +160,6 @@ def _film_frame(image, maps_SHW, step, predictions, certainty_S, right, title):
   _describe(axis, step, predictions, None, right, tape, above=True)
   figure.suptitle(title)
   return figure
-
-
-def _raster(figure):
-  """The figure's pixels, uint8 `[h, w, 3]`."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-  canvas = FigureCanvasAgg(figure)
-  canvas.draw()
-  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _is_tape(image):

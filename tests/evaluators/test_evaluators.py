@@ -17,7 +17,14 @@ from recursive_weights.tasks import digits, parity
 
 STEPS = 4
 # These need more than a model and a split, and have tests of their own.
-APART = {'compression', 'early_exit', 'pictures'}
+APART = {
+  'arc_submission',
+  'compression',
+  'early_exit',
+  'halting',
+  'pictures',
+  'restarts',
+}
 NAMES = sorted(
   m.name
   for m in pkgutil.iter_modules(evaluators.__path__)

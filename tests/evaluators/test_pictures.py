@@ -11,10 +11,17 @@ import pytest
 from recursive_weights import Rule, chain, iterate
 from recursive_weights.derivation.operators import contraction, residual
 from recursive_weights.evaluators import pictures
-from recursive_weights.interfaces import Model, UserError
+from recursive_weights.interfaces import Model, Recursion, UserError
 from recursive_weights.models import derived
-from recursive_weights.plots import attention, curves, dynamics, spectra
-from recursive_weights.tasks import digits, maze, parity
+from recursive_weights.plots import (
+  answers,
+  attention,
+  curves,
+  dynamics,
+  spectra,
+)
+from recursive_weights.recursion.unroll import from_recursion
+from recursive_weights.tasks import digits, maze, maze_path, parity, sudoku
 
 STEPS, HEADS, NEURONS = 3, 2, 5
 TASKS = {
@@ -86,6 +93,9 @@ def drawn(monkeypatch):
 
   record(attention, 'strip')
   record(attention, 'film')
+  record(answers, 'strip')
+  record(answers, 'film')
+  record(answers, 'depth')
   record(dynamics, 'dynamics')
   record(spectra, 'spectra')
   record(curves, 'curves')
@@ -175,6 +185,80 @@ def test_answers_to_every_token_are_marked(tmp_path, drawn):
   assert 'right' not in drawn['attention_0.png'][1]
 
 
+SMALL = {'train_size': 8, 'eval_size': 8}
+DRAWN = {
+  'sudoku': lambda: sudoku.make(**SMALL),
+  'maze_path': lambda: maze_path.make(**SMALL),
+}
+
+
+def thinker(task, steps):
+  """Right in cell c of row b from step `c % 5 + 1` on, else class 0."""
+
+  def step(weights, context, state, key):
+    now_B = state['now'] + 1
+    cells_X = jnp.arange(task.spec.answer[0]) % 5
+    done_BX = now_B[:, None] > cells_X[None]
+    # Sudoku: the oracle reads the answer off a table of all test puzzles.
+    same_BR = (context['x'][:, None] == weights['inputs'][None]).all(-1)
+    answer_BX = weights['targets'][same_BR.argmax(1)]
+    answer_BX = jnp.where(done_BX, answer_BX, 0)
+    logits = jax.nn.one_hot(answer_BX, task.spec.classes)
+    return {'now': now_B}, {'logits': logits, 'certainty': now_B / 10}
+
+  return from_recursion(
+    Recursion(
+      lambda params: params,
+      lambda weights, inputs, key: {'x': inputs},
+      lambda weights, context: {'now': jnp.zeros(len(context['x']))},
+      step,
+    ),
+    lambda key, inputs: jax.tree.map(jnp.asarray, task.batch('test', 0, 8)),
+    steps,
+  )
+
+
+@pytest.mark.parametrize('name', DRAWN)
+def test_answers_are_drawn_to_files(tmp_path, name):
+  task = DRAWN[name]()
+  run(task, thinker(task, 3), tmp_path, examples=2)
+  kinds = [f'answer_{i}.{end}' for i in range(2) for end in ('png', 'gif')]
+  assert written(tmp_path) == {f'plots/{k}' for k in (*kinds, 'depth.png')}
+
+
+@pytest.mark.parametrize('steps', [0, 7])
+def test_answers_are_those_of_every_step(tmp_path, drawn, steps):
+  task = DRAWN['sudoku']()
+  run(task, thinker(task, 3), tmp_path, examples=2, steps=steps)
+  assert set(drawn) == {
+    *(f'answer_{i}.{end}' for i in range(2) for end in ('png', 'gif')),
+    'depth.png',
+  }
+  batch = task.batch('test', 0, 8)
+  total = steps or 3
+  (values,), options = drawn['depth.png']
+  assert options['trained'] == (3 if steps else 0)
+  assert set(values) == {'accuracy', 'puzzle_accuracy', 'valid'}
+  shares = []
+  for step in range(1, total + 1):
+    done_X = np.arange(16) % 5 < step
+    answer_BX = np.where(done_X[None], batch['targets'], 0)
+    shares.append((answer_BX == batch['targets']).mean())
+    for number, row in enumerate((0, 7)):
+      images, captions = drawn[f'answer_{number}.gif'][0]
+      assert len(images) == len(captions) == total
+      example = {key: x[row] for key, x in batch.items()}
+      np.testing.assert_array_equal(
+        images[step - 1], task.drawing(example, answer_BX[row])
+      )
+      right = (answer_BX[row] == batch['targets'][row]).mean()
+      assert captions[step - 1] == (
+        f'step {step}: {right:.0%} right\ncertainty {step / 10:.2f}'
+      )
+  np.testing.assert_allclose(values['accuracy'], shares, rtol=1e-6)
+  assert values['puzzle_accuracy'][-1] == (total >= 5)
+
+
 def test_spectra_are_of_what_the_operator_gets_and_gives(tmp_path, drawn):
   task = TASKS['parity']()
   contract, operator = contraction.make(), residual.make(rank=2)
@@ -231,6 +315,7 @@ def test_missing_matplotlib_is_one_line_in_the_log(
   [
     ({'batch_size': 0}, 'batch_size must be > 0, got 0'),
     ({'examples': 0}, 'examples must be > 0, got 0'),
+    ({'steps': -1}, 'steps must be >= 0, got -1'),
     ({'split': 'tset'}, "got 'tset'"),
   ],
 )

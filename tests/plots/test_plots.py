@@ -8,12 +8,19 @@ import pytest
 from PIL import Image
 
 from recursive_weights.interfaces import UserError
-from recursive_weights.plots import attention, curves, dynamics, spectra
+from recursive_weights.plots import (
+  answers,
+  attention,
+  curves,
+  dynamics,
+  spectra,
+)
 
 STEPS = 6
 RNG = np.random.default_rng(0)
 ATTENTION_SHT = RNG.dirichlet(np.ones(16), (STEPS, 2))
 IMAGE_HW = RNG.uniform(-1, 1, (8, 8))
+IMAGES_SHW3 = RNG.uniform(size=(STEPS, 40, 60, 3))
 
 
 def pixels(path):
@@ -57,10 +64,16 @@ def every_plot(folder):
       p, w_MFD, (w_MFD.mean(0), w_MFD), derived_names=('a', 'b')
     ),
     lambda p: curves.curves(p, {'a': [metrics]}, metrics=('test/accuracy',)),
+    lambda p: answers.strip(
+      p, list(IMAGES_SHW3), [f'step {i}' for i in range(6)]
+    ),
+    lambda p: answers.depth(
+      p, {'accuracy': np.linspace(0, 1, 9), 'valid': np.ones(9)}, trained=4
+    ),
   ]
 
 
-@pytest.mark.parametrize('which', range(7))
+@pytest.mark.parametrize('which', range(9))
 def test_pictures_are_written_where_asked(tmp_path, which):
   path = tmp_path / 'new' / 'folder' / 'picture.png'
   assert every_plot(tmp_path)[which](path) == path
@@ -80,6 +93,27 @@ def test_film_has_a_frame_a_step(tmp_path):
       film.seek(frame)
       lasts.append(film.info['duration'])
   assert lasts == [250] * (STEPS - 1) + [1000]
+
+
+def test_film_of_answers_has_a_frame_a_step(tmp_path):
+  captions = [f'step {i}' for i in range(STEPS)]
+  path = answers.film(tmp_path / 'a.gif', list(IMAGES_SHW3), captions)
+  with Image.open(path) as film:
+    assert film.n_frames == STEPS and film.info['loop'] == 0
+    film.seek(STEPS - 1)
+    assert film.info['duration'] == 2000
+
+
+def test_strip_shows_the_steps_asked_for(tmp_path):
+  """Each step has its own shade; the strip holds those of its steps alone."""
+  shades = 0.1 + 0.15 * np.arange(STEPS)
+  images = [np.full((8, 8, 3), shade) for shade in shades]
+  for steps, shown in (((), (1, 2, 4, 6)), ((3,), (3,))):
+    path = answers.strip(tmp_path / 'a.png', images, [''] * STEPS, steps=steps)
+    seen = pixels(path)
+    for step, shade in enumerate(shades, 1):
+      share = (np.abs(seen - 255 * shade).max(axis=-1) < 2).mean()
+      assert (share > 0.05) == (step in shown), step
 
 
 def test_attention_lands_on_its_square(tmp_path):
@@ -134,7 +168,7 @@ def test_curves_name_what_is_missing(tmp_path):
     curves.read(tmp_path / 'nowhere', 'test/loss')
 
 
-@pytest.mark.parametrize('which', range(7))
+@pytest.mark.parametrize('which', range(9))
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, which):
   plain = builtins.__import__
 

@@ -13,7 +13,7 @@ def strip(
   captions,
   *,
   steps: tuple[int, ...] = (),
-  columns: int = 4,
+  columns: int | None = None,
   title: str = 'Answer by step',
 ) -> pathlib.Path:
   """Writes one panel a step as a PNG.
@@ -25,7 +25,7 @@ def strip(
     captions: S texts.
     steps: steps to show, counted from 1; `()` for the first ones, 1, 2, 4, 8,
       ..., and the last.
-    columns: panels in a row.
+    columns: panels in a row; None for as many rows as five in each need.
     title: title of the picture.
 
   Returns:
@@ -34,6 +34,8 @@ def strip(
   last = len(images)
   if not steps:
     steps = tuple(sorted({2**i for i in range(last.bit_length())} | {last}))
+  if columns is None:
+    columns = -(-len(steps) // -(-len(steps) // 5))
   columns = min(columns, len(steps))
   rows = -(-len(steps) // columns)
   height, width = images[0].shape[:2]
@@ -113,6 +115,6 @@ def depth(
 def _show(axis, image, caption):
   axis.set(xticks=[], yticks=[])
   axis.grid(False)
-  axis.spines[:].set_visible(False)
+  axis.spines[:].set(visible=True, color='#bbbbbb')
   axis.imshow(image, interpolation='antialiased')
   axis.set_title(caption)

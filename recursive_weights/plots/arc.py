@@ -41,17 +41,24 @@ def canvas_picture(tokens, wrong=None) -> np.ndarray:
 def answer_picture(tokens, answer, target) -> np.ndarray:
   """Input, answer and target side by side; wrong squares are crossed.
 
-  What lies beyond the target and its end markers is not judged and not shown.
+  What lies beyond the target and its end markers is not judged and not shown,
+  nor is the part of the canvas that neither input nor target use.
 
   Args:
     tokens, answer, target: canvases `[C^2]`.
   """
-  answer, target = np.asarray(answer), np.asarray(target)
+  tokens, answer, target = (np.asarray(x) for x in (tokens, answer, target))
+  side = math.isqrt(len(tokens))
+  used = ((tokens != _PAD) | (target != _PAD)).reshape(side, side)
+  extent = 1 + max(int(x.max()) for x in np.nonzero(used))
+  tokens, answer, target = (
+    x.reshape(side, side)[:extent, :extent].ravel()
+    for x in (tokens, answer, target)
+  )
   judged = target != _PAD
-  shown = np.where(judged, answer, _PAD)
   canvases = (
     canvas_picture(tokens),
-    canvas_picture(shown, judged & (answer != target)),
+    canvas_picture(np.where(judged, answer, _PAD), judged & (answer != target)),
     canvas_picture(target),
   )
   gap = np.ones((len(canvases[0]), _SIDE, 3))

@@ -35,6 +35,7 @@ def make(
   digits: bool = True,
   positions: bool = True,
   clues: tuple[int, ...] = (),
+  guesses: int = 0,
   train_size: int = 4096,
   eval_size: int = 512,
   train_path: str = '',
@@ -78,6 +79,8 @@ def make(
     clues: fewest and most clues of generated puzzles; () for (4, 8), (8, 14) or
       (17, 30) by size. Puzzles with few are harder; below what a grid needs,
       a puzzle keeps as many as it needs.
+    guesses: fewest guesses that the proof of a generated puzzle must need, see
+      `_sudoku.search`; 0 for any puzzle.
     train_size: number of generated training puzzles; symmetries multiply them.
     eval_size: number of generated puzzles in each held-out split.
     train_path, validation_path, test_path: all three, or none.
@@ -100,6 +103,8 @@ def make(
     raise UserError(
       f'clues must be (fewest, most) within [0, {size * size}], got {clues}'
     )
+  if guesses < 0:
+    raise UserError(f'guesses must be >= 0, got {guesses}')
   if train_size < 1 or eval_size < 1:
     raise UserError(
       f'train_size and eval_size must be > 0, got {train_size} and {eval_size}'
@@ -116,7 +121,7 @@ def make(
       data_hash[split] = _puzzle_files.sha256(path)
       data[split] = _read(path, data_hash[split], size, limit, check_unique)
     else:
-      data[split] = _generate(size, clues, split, count)
+      data[split] = _generate(size, clues, guesses, split, count)
       data_hash[split] = _puzzle_files.sha256(data[split])
   sizes: dict[str, int | None] = {k: len(x) for k, (x, _) in data.items()}
 
@@ -224,7 +229,7 @@ def _valid(size, answer_BX, inputs_BX):
 
 
 @functools.lru_cache(maxsize=16)
-def _generate(size, clues, split, count):
+def _generate(size, clues, guesses, split, count):
   """Distinct puzzles of a split and their solutions, uint8 `[B, X]` each."""
   wanted = _splits.NAMES.index(split)
   stream = _splits.generator(0, wanted)
@@ -244,6 +249,9 @@ def _generate(size, clues, split, count):
     clues_B = stream.integers(clues[0], clues[1] + 1, len(solutions_BX))
     puzzles_BX = _sudoku.dig(stream, solutions_BX, clues_B)
     found_BX = np.concatenate([puzzles_BX, solutions_BX], axis=1)
+    if guesses:
+      hard_B = _sudoku.solve(puzzles_BX)[2] >= guesses
+      found_BX, puzzles_BX = found_BX[hard_B], puzzles_BX[hard_B]
     if by_puzzle:
       hash_B = _sudoku_symmetry.hash_puzzles(puzzles_BX)
       found_BX = found_BX[_splits.by_hash(hash_B) == wanted]
@@ -254,8 +262,9 @@ def _generate(size, clues, split, count):
     pairs_BX = pairs_BX[np.sort(first_B)]
     if len(pairs_BX) - before < _FRESH * min(missing, many * share):
       raise UserError(
-        f'size={size} and clues={clues} allow too few puzzles for {count} in '
-        f'split {split!r}; ask for fewer puzzles or for more clues'
+        f'size={size}, clues={clues} and guesses={guesses} allow too few '
+        f'puzzles for {count} in split {split!r}; ask for fewer puzzles, more '
+        'clues or fewer guesses'
       )
   puzzles_BX, solutions_BX = np.split(pairs_BX[:count], 2, axis=1)
   return puzzles_BX, solutions_BX

@@ -357,7 +357,9 @@ def test_drawing_crosses_mistakes(files):
   wrong = right.copy()
   wrong[0] = 2 + (wrong[0] - 1) % 10
   a, b = (task.drawing(example, x) for x in (right, wrong))
+  grids = [_arc.crop(x) for x in (example['inputs']['tokens'], right)]
+  side = 8 * min(1 + max(max(x.shape) for x in grids), SIDE + 2)
+  assert a.shape == (side, 3 * side + 16, 3)
   changed = np.argwhere((a != b).any(axis=-1))
-  side = 8 * (SIDE + 2)
   assert changed[:, 0].max() < 8
   assert (side + 8 <= changed[:, 1]).all() and changed[:, 1].max() < side + 16

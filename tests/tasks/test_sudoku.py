@@ -171,6 +171,15 @@ def test_guesses_rate_a_puzzle_and_not_its_neighbours():
   assert _sudoku.solve(hard)[2][0] == guesses_B[1]
 
 
+def test_hard_puzzles_can_be_asked_for():
+  task = sudoku.make(
+    size=9, clues=(17, 17), guesses=2, train_size=30, eval_size=10
+  )
+  puzzles_BX = task.batch('test', 0, 10)['inputs']
+  _, count_B, guesses_B = _sudoku.solve(puzzles_BX)
+  assert (count_B == 1).all() and (guesses_B >= 2).all()
+
+
 def test_an_empty_grid_has_several_solutions():
   found_BX, count_B, _ = _sudoku.solve(np.zeros((1, 81), np.uint8))
   assert count_B[0] == 2 and obeys(found_BX[0])
@@ -458,6 +467,8 @@ def test_bad_files_are_named(tmp_path, pairs):
     ({'size': 5}, 'size must be 4, 6 or 9, got 5'),
     ({'loss': 'mse'}, "loss must be one of .* got 'mse'"),
     ({'clues': (9, 3)}, r'clues must be .* got \(9, 3\)'),
+    ({'guesses': -1}, 'guesses must be >= 0, got -1'),
+    ({'guesses': 3}, 'guesses=3 allow too few puzzles'),  # size 4 needs none
     ({'eval_size': 0}, 'eval_size must be > 0, got 4096 and 0'),
     ({'limits': (1, 2)}, r'limits must be three numbers >= 0, got \(1, 2\)'),
     ({'clues': (15, 15), 'eval_size': 9999}, 'too few puzzles'),

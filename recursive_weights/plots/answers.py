@@ -25,7 +25,8 @@ def strip(
     captions: S texts.
     steps: steps to show, counted from 1; `()` for the first ones, 1, 2, 4, 8,
       ..., and the last.
-    columns: panels in a row; None for as many rows as five in each need.
+    columns: panels in a row; None for up to five, fewer where they are
+      wide.
     title: title of the picture.
 
   Returns:
@@ -34,11 +35,12 @@ def strip(
   last = len(images)
   if not steps:
     steps = tuple(sorted({2**i for i in range(last.bit_length())} | {last}))
+  height, width = images[0].shape[:2]
   if columns is None:
-    columns = -(-len(steps) // -(-len(steps) // 5))
+    most = max(1, round(5 * min(1.0, height / width)))
+    columns = -(-len(steps) // -(-len(steps) // most))
   columns = min(columns, len(steps))
   rows = -(-len(steps) // columns)
-  height, width = images[0].shape[:2]
   panel = 2.6 * max(1.0, width / height) ** 0.5
   with _figure.style():
     size = (panel * columns, (panel * height / width + 0.35) * rows + 0.4)

@@ -90,7 +90,8 @@ class Model(NamedTuple):
 class Spec(NamedTuple):
   """What a task asks for.
 
-  inputs: shape and dtype of one example's inputs, without the batch axis.
+  inputs: shape and dtype of one example's inputs, without the batch axis; a
+    dict of them where there are several (`tokens` and `puzzle`).
   answer: shape of one example's answer without its class axis; `()` where an
     example has one label.
   classes: number of classes V; a model's logits are `[B, *answer, V]`.
@@ -98,10 +99,11 @@ class Spec(NamedTuple):
     end.
   phases: `((first step, {field: value}), ...)` where lengths or batch sizes
     change with the step; `()` for none.
-  puzzles: number of puzzle identities, where examples carry one; else 0.
+  puzzles: number of puzzle identities, where inputs are `{'tokens', 'puzzle'}`
+    and name each row's (int32 `[B]`); else 0.
   """
 
-  inputs: jax.ShapeDtypeStruct
+  inputs: Tree
   answer: tuple[int, ...]
   classes: int
   sizes: dict[str, int | None]
@@ -129,7 +131,7 @@ class Task(NamedTuple):
     `[*answer]`) to one row of a batch, mistakes marked; `[h, w, 3]`, colours in
     [0, 1]. None where answers are no picture.
   data_hash: SHA-256 by split, of the files or of what was generated, so that
-    a run and its results can name their data; `{}` where data have no end.
+    a run and its results can name their data; None where they have no end.
   """
 
   spec: Spec
@@ -138,7 +140,7 @@ class Task(NamedTuple):
   loss: Callable[[Array, Batch], tuple[Array, Metrics]]
   picture: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
   drawing: Callable[[dict, np.ndarray], np.ndarray] | None = None
-  data_hash: dict[str, str] = {}
+  data_hash: dict[str, str] | None = None
 
 
 class Objective(NamedTuple):

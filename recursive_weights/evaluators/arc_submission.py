@@ -73,8 +73,7 @@ def make(
   def evaluate(params, key):
     del key  # nothing here is random
     size = task.spec.sizes[split]
-    votes: dict[tuple, dict] = {}
-    truth: dict[tuple, list] = {}
+    votes, truth = {}, {}
     for index in range(-(-size // batch_size)):
       batch = task.batch(split, index, batch_size)
       if 'way' not in batch:
@@ -118,7 +117,7 @@ def _score(answers, truth, attempts):
 
 
 def _write(path, answers):
-  submission: dict[str, list] = {}
+  submission = {}
   for (name, _), grids in sorted(answers.items()):
     grids = (grids or [[[0]]])[:_ATTEMPTS]
     grids += grids[:1] * (_ATTEMPTS - len(grids))

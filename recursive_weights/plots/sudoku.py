@@ -42,9 +42,9 @@ def sudoku_picture(
   puzzle = np.asarray(puzzle)
   size = math.isqrt(len(puzzle))
   shown = puzzle if answer is None else np.asarray(answer)
-  picture = np.ones((size, size, _SIDE, _SIDE, 3))
+  squares = np.ones((size, size, _SIDE, _SIDE, 3))
   for cell in range(size * size):
-    square = picture[cell // size, cell % size]
+    square = squares[cell // size, cell % size]
     clue = puzzle[cell] > 0 and puzzle[cell] == shown[cell]
     if clue:
       square[:] = _CLUE
@@ -52,7 +52,7 @@ def sudoku_picture(
       square[:] = _WRONG
     if shown[cell]:
       square[_glyph(int(shown[cell]), bool(clue))] = _INK if clue else _PEN
-  picture = picture.swapaxes(1, 2).reshape(size * _SIDE, size * _SIDE, 3)
+  picture = squares.swapaxes(1, 2).reshape(size * _SIDE, size * _SIDE, 3)
   # Lines between boxes come last, over the thin ones that they cross.
   for colour, half, thick in ((_THIN, 1, False), (_INK, 2, True)):
     for axis, part in enumerate(box):

@@ -18,13 +18,15 @@ def early_exit(
   chunk: int = 4,
   answer: str = 'logits',
   certainty: str = 'certainty',
+  rule: str = 'certain',
 ) -> Callable[[Tree, Any, float], tuple[np.ndarray, np.ndarray]]:
   """A function that runs each row only until it is sure.
 
   A row is finished at its first step whose certainty exceeds the threshold,
-  and at `max_steps` in any case. Its answer is that of its most certain step
-  until then (the first of equals), so a threshold that no certainty exceeds
-  gives what all steps and the most certain answer give.
+  and at `max_steps` in any case. By the rule 'certain' its answer is that of
+  its most certain step until then (the first of equals), so a threshold that no
+  certainty exceeds gives what all steps and the most certain answer give; by
+  the rule 'last' it is that of the step at which it leaves.
 
   Steps run in chunks. After each, unfinished rows are moved together into the
   next smaller power of two of rows, if they fit: finished rows cost nothing
@@ -36,24 +38,28 @@ def early_exit(
     max_steps: largest number of steps.
     chunk: steps between two looks at the certainty.
     answer: name of the output that answers, `[B, ...]`.
-    certainty: name of the output that says how sure a row is, `[B]`.
+    certainty: name of the output that says how sure a row is, `[B]`; with a
+      halting head, `halt` and a threshold of 0.
+    rule: 'certain' or 'last'.
 
   Returns:
     `(params, inputs, threshold) -> (answers [B, ...], steps [B])`, NumPy
     arrays. It compiles when first called; keep it to call it again.
 
   Raises:
-    ValueError: max_steps or chunk is not positive.
+    ValueError: max_steps or chunk is not positive, or the rule is unknown.
   """
   if max_steps < 1:
     raise ValueError(f'max_steps must be > 0, got {max_steps}')
   if chunk < 1:
     raise ValueError(f'chunk must be > 0, got {chunk}')
+  if rule not in ('certain', 'last'):
+    raise ValueError(f"rule must be 'certain' or 'last', got {rule!r}")
 
   def step(weights, context, state, key):
     inner, book, threshold = state['inner'], state['book'], state['threshold']
     inner, outputs = recursion.step(weights, context, inner, key)
-    book = _write(book, outputs[answer], outputs[certainty], threshold)
+    book = _write(book, outputs[answer], outputs[certainty], threshold, rule)
     return {'inner': inner, 'book': book, 'threshold': threshold}, {}
 
   watched = recursion._replace(step=step)
@@ -122,10 +128,12 @@ def early_exit(
   return run
 
 
-def _write(book: dict, answer: Array, sure_B: Array, threshold) -> dict:
+def _write(book: dict, answer: Array, sure_B: Array, threshold, rule) -> dict:
   """One step's answers into the book of rows that are not done."""
   live_B = ~book['done']
-  better_B = live_B & ((sure_B > book['sure']) | (book['steps'] == 0))
+  better_B = live_B
+  if rule == 'certain':
+    better_B = live_B & ((sure_B > book['sure']) | (book['steps'] == 0))
   shape = (-1,) + (1,) * (answer.ndim - 1)
   return book | {
     'answer': jnp.where(better_B.reshape(shape), answer, book['answer']),

@@ -83,6 +83,19 @@ def test_rows_that_are_done_are_not_computed():
   assert set(seen) == {16, 4}
 
 
+def test_by_the_last_rule_a_row_answers_as_it_leaves():
+  inputs = tables(7)
+  run = early_exit(counting(), max_steps=STEPS, chunk=3, rule='last')
+  for threshold in (0.5, 0.9, 2.0):
+    answers, steps = run(jnp.float32(2), inputs, threshold)
+    _, wanted_steps = by_row(inputs, threshold)
+    np.testing.assert_array_equal(steps, wanted_steps)
+    wanted = 2 * inputs['logits'][np.arange(7), wanted_steps - 1]
+    np.testing.assert_allclose(answers, wanted, rtol=1e-6)
+  with pytest.raises(ValueError, match="got 'first'"):
+    early_exit(counting(), max_steps=3, rule='first')
+
+
 @pytest.mark.parametrize('fields', [{'max_steps': 0}, {'chunk': 0}])
 def test_numbers_out_of_range(fields):
   with pytest.raises(ValueError, match='got 0'):
@@ -120,3 +133,36 @@ def test_a_ctm_that_never_stops_early_equals_its_full_run():
     np.testing.assert_allclose(
       answers[b], outputs['logits'][best, b], rtol=1e-4, atol=1e-5
     )
+
+
+def test_a_trm_leaves_by_its_halting_head():
+  """At halt > 0, with the answer of that step, as in training."""
+  from recursive_weights import interfaces
+  from recursive_weights.models import trm
+
+  spec = interfaces.Spec(jax.ShapeDtypeStruct((4,), jnp.int32), (4,), 2, {})
+  model = trm.make(
+    spec, width=8, multiple=8, layers=1, cycles=1, inner=1, steps=6
+  )
+  inputs = np.random.default_rng(0).integers(0, 2, (6, 4)).astype(np.int32)
+  params = model.init(jax.random.key(0), jnp.asarray(inputs))
+  params['halt']['kernel'] = jax.random.normal(jax.random.key(1), (8, 1))
+  params['halt']['bias'] = jnp.zeros(1)
+  outputs, _ = jax.jit(lambda p, x: model.apply(p, model.carry(p, 6), x))(
+    params, inputs
+  )
+  halt_SB = np.asarray(outputs['halt'])
+  params['halt']['bias'] -= np.median(halt_SB.max(0))
+  halt_SB = halt_SB - np.median(halt_SB.max(0))
+  for certainty, threshold in (('halt', 0.0), ('certainty', 0.5)):
+    run = early_exit(
+      model.recursion, max_steps=6, chunk=2, certainty=certainty, rule='last'
+    )
+    answers, steps = run(params, inputs, threshold)
+    for b in range(6):
+      above = np.flatnonzero(halt_SB[:, b] > 0)
+      assert steps[b] == (above[0] + 1 if len(above) else 6)
+      np.testing.assert_allclose(
+        answers[b], outputs['logits'][steps[b] - 1, b], rtol=1e-4, atol=1e-5
+      )
+  assert 1 < len(set(steps))

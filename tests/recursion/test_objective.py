@@ -110,3 +110,36 @@ def test_unknown_names_and_fields():
     objective.make('first')
   with pytest.raises(UserError, match='last'):
     objective.make('last', steps=3)
+
+
+def test_halting_judges_the_answer_of_the_last_step():
+  """L + weight BCE(sigmoid(halt), right), rows of weight 0 left out."""
+  outputs, batch = data()
+  halt_SB = np.random.default_rng(1).normal(size=(STEPS, BATCH))
+  outputs['halt'] = jnp.asarray(halt_SB, jnp.float32)
+
+  def whole(logits, batch):
+    loss_B, metrics_B = loss(logits, batch)
+    return loss_B, metrics_B | {'whole': jnp.array([1.0, 0.0, 1.0, 0.0])}
+
+  found = objective.make('halting', weight=0.3, whole='whole')
+  value, metrics = found.score(outputs, whole, batch)
+  answers, judged, right = [], [], [1.0, 0.0, 1.0, 0.0]
+  for b in (0, 1, 3):
+    answers.append(row(outputs['logits'][-1, b], batch['targets'][b])[0])
+    p = 1 / (1 + np.exp(-halt_SB[-1, b]))
+    judged.append(-np.log(p if right[b] else 1 - p))
+  np.testing.assert_allclose(
+    value, np.mean(answers) + 0.3 * np.mean(judged), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    metrics['answer_loss'], np.mean(answers), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    metrics['halting_loss'], np.mean(judged), rtol=1e-5
+  )
+  agree = [(halt_SB[-1, b] > 0) == (right[b] > 0) for b in (0, 1, 3)]
+  np.testing.assert_allclose(metrics['halting_accuracy'], np.mean(agree))
+  np.testing.assert_array_equal(found.answer(outputs), outputs['logits'][-1])
+  with pytest.raises(UserError, match=r"\['accuracy', 'whole'\], got 'all'"):
+    objective.make('halting', whole='all').score(outputs, whole, batch)

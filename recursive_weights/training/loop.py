@@ -164,6 +164,9 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       evaluate = step % train['evaluate_every'] == 0 or step == total
       save = step % config['checkpoint']['every'] == 0 or step == total
       emptied = bool(empty_every) and step % empty_every == 0
+      over = time.monotonic() - begun > 60 * config['max_minutes']
+      if config['max_minutes'] and over and (emptied or not empty_every):
+        interrupted.ask(f'max_minutes = {config["max_minutes"]} are over')
       if not (report or evaluate or save or emptied):
         continue
       _check(previous, saved)
@@ -179,6 +182,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
           experiment.during, judged(placement.gather(state), config), config
         )
         clock, clock_step = time.monotonic(), step
+        _check_names(config, writer.history, line)
       if line:
         writer.write(step, line)
       stop = metrics.should_stop(writer.history, **config['early_stopping'])
@@ -186,9 +190,6 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
         saved.save(
           placement.gather(state), _scores(writer.history, step), emptied
         )
-      over = time.monotonic() - begun > 60 * config['max_minutes']
-      if config['max_minutes'] and over and (emptied or not empty_every):
-        interrupted.ask(f'max_minutes = {config["max_minutes"]} are over')
 
     if previous is not None:
       _check(previous, saved)
@@ -197,6 +198,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
     saved.save(plain, _scores(writer.history, step), emptied)
     saved.wait()
     bar.close()
+    interrupted.at_once = True  # all is saved
     if step < total and not stop:
       _log.info(
         'stopped at step %d of %d (%s); the same command goes on from there',
@@ -383,6 +385,19 @@ def _scores(history, step):
   }
 
 
+def _check_names(config, history, line):
+  """Refuses to judge by a metric that was in no line up to an evaluation."""
+  known = set(line).union(*history)
+  for field in ('checkpoint.best', 'early_stopping.metric'):
+    group, name = field.split('.')
+    metric = config[group][name]
+    if metric and metric not in known:
+      raise UserError(
+        f'{field} = {metric!r} is no metric of this run; there are: '
+        f'{", ".join(sorted(known - {"step"}))}'
+      )
+
+
 def _check(dispatched, saved):
   """Raises Diverged where a step of this dispatch was not finite."""
   found, end, count = dispatched
@@ -414,10 +429,12 @@ class _Interrupt:
   """SIGTERM and SIGINT ask the loop to save and leave between dispatches.
 
   A second SIGINT (Ctrl-C) does not wait: the last checkpoint stays as it is.
+  Where `at_once` is set, nothing waits.
   """
 
   def __init__(self):
     self.reason = ''
+    self.at_once = False
 
   def ask(self, reason: str) -> None:
     self.reason = self.reason or reason
@@ -441,7 +458,7 @@ class _Interrupt:
 
   def _signalled(self, number, _):
     name = signal.Signals(number).name
-    if name == 'SIGINT' == self.reason:
+    if self.at_once or name == 'SIGINT' == self.reason:
       raise KeyboardInterrupt
     self.ask(name)
 

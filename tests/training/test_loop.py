@@ -252,6 +252,18 @@ def test_early_stopping(tmp_path):
   assert lines(tmp_path) == found
 
 
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'checkpoint__best': 'validation/acuracy'},
+    {'early_stopping__metric': 'validation/acuracy'},
+  ],
+)
+def test_a_misspelt_metric_is_an_error_that_lists_them(tmp_path, fields):
+  with pytest.raises(UserError, match=r'acuracy.* is no metric .*train/loss'):
+    loop.run(toy.experiment(**fields), tmp_path)
+
+
 def test_should_stop_is_a_function_of_history():
   def history(*values):
     return [{'step': i, 'm': v} for i, v in enumerate(values)]

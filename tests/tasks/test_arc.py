@@ -39,7 +39,11 @@ def write(folder, training, evaluation):
 def sets():
   rng = np.random.default_rng(0)
   training = {f'{i:08x}': task_of(rng, 2 + i % 3, 1 + i % 2) for i in range(40)}
-  evaluation = {f'e{i:07x}': task_of(rng, 2, 1 + i % 2) for i in range(5)}
+  # One whose hash would be held out, were it for training.
+  names = [f'e{i:07x}' for i in range(100)]
+  held = names[int(arc._held_out(names).argmax())]
+  names = [*(n for n in names[:5] if n != held)][:4] + [held]
+  evaluation = {n: task_of(rng, 2, 1 + i % 2) for i, n in enumerate(names)}
   return training, evaluation
 
 
@@ -163,6 +167,7 @@ def test_training_sees_what_it_may(sets, files):
   held = whole(task, 'validation')
   names = {f'{x:08x}' for x in held['task']}
   assert 0 < len(names) < len(training) / 3
+  assert names <= set(training)
   kept = [t for n, t in training.items() if n not in names]
   allowed = pairs(training.values(), 'train') | pairs(kept, 'test')
   allowed |= pairs(evaluation.values(), 'train')
@@ -317,9 +322,9 @@ def test_errors_name_the_value(files, wrong, message):
 
 
 def test_chosen_tasks_only(files):
-  task = make(files, tasks=('00000001', 'e0000002'), voters=1)
+  task = make(files, tasks=('00000001', 'e0000001'), voters=1)
   assert task.spec.puzzles == 12
-  assert {f'{x:08x}' for x in whole(task, 'test')['task']} == {'e0000002'}
+  assert {f'{x:08x}' for x in whole(task, 'test')['task']} == {'e0000001'}
 
 
 @pytest.mark.skipif(

@@ -124,15 +124,20 @@ def test_other_shortest_paths_are_valid_and_not_equal():
     assert metrics['puzzle_accuracy'][row] == equal, row
 
 
-def test_a_ring_beside_the_path_is_no_path():
-  # A path of five moves, or three moves and a ring as long as what is saved.
-  lines = ('S   G', '     ', '     ', '     ', '     ')
+@pytest.mark.parametrize(
+  'lines',
+  [
+    ('SoooG', '     ', ' ooo ', ' o o ', ' ooo '),  # a ring beside the path
+    ('S   G', 'ooooo', '     ', '     ', '     '),  # a detour
+  ],
+)
+def test_more_squares_than_a_shortest_path_are_none(lines):
   batch = {
-    'inputs': maze_of(*lines)[None],
-    'targets': maze_of('SoooG', *lines[1:])[None],
+    'inputs': maze_of('S   G', *['     '] * 4)[None],
+    'targets': maze_of('SoooG', *['     '] * 4)[None],
   }
-  ring = maze_of('SoooG', '     ', ' ooo ', ' o o ', ' ooo ')[None]
-  metrics = maze_path._loss(5, 'softmax', jax.nn.one_hot(ring, 5), batch)[1]
+  answer = jax.nn.one_hot(maze_of(*lines)[None], 5)
+  metrics = maze_path._loss(5, 'softmax', answer, batch)[1]
   assert metrics['valid'].tolist() == [0]
 
 

@@ -347,6 +347,20 @@ def test_valid_needs_the_clues_and_not_the_target():
   assert metrics['puzzle_accuracy'].tolist() == [0, 0]
 
 
+def test_valid_looks_at_rows_columns_and_boxes():
+  """Each grid breaks one kind of rule and keeps the two others."""
+  cyclic = np.array([[0, 1, 2, 3], [1, 2, 3, 0], [2, 3, 0, 1], [3, 0, 1, 2]])
+  boxes = np.array([[0, 1, 0, 1], [2, 3, 2, 3], [1, 0, 1, 0], [3, 2, 3, 2]])
+  fine = np.array([[0, 1, 2, 3], [2, 3, 0, 1], [1, 0, 3, 2], [3, 2, 1, 0]])
+  rows = np.array([[0, 1, 2, 3], [2, 3, 0, 1], [0, 1, 2, 3], [2, 3, 0, 1]])
+  grids = np.stack([cyclic, boxes, boxes.T, rows, rows.T, fine])
+  answers = grids.reshape(-1, 16)
+  batch = {'inputs': np.zeros_like(answers), 'targets': answers}
+  valid_B = sudoku.make().loss(jax.nn.one_hot(answers, 4), batch)[1]['valid']
+  assert valid_B.tolist() == [0, 0, 0, 0, 0, 1]
+  assert [obeys(x + 1) for x in answers] == [False] * 5 + [True]
+
+
 def text(row):
   return ''.join('.' if d == 0 else str(d) for d in row)
 

@@ -87,7 +87,7 @@ def get_config(variant=None):
     if 'deep' in chosen:
       config.model.nlm.hidden = 5
     else:
-      config.model.width = 114
+      config.model.update(width=111, sync_out=111)
   derivations.derive(config, chosen, default='spectral_residual')
   if 'smoke' in chosen:
     config.model.update(width=32, input_width=16, ticks=3, memory=4, stem=4)

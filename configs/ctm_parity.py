@@ -69,7 +69,7 @@ def get_config(variant=None):
     'sync_action': 16,
     'self_pairs': 0,
     'position': 'rotation',
-    'dropout': 0.0,
+    'dropout': 0.1,
     'gate': False,
     'remat': False,
     'unrolled': 1,
@@ -78,7 +78,7 @@ def get_config(variant=None):
   config.objective.name = 'certainty'
   config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule.warmup_steps = 200
-  config.optimizer.groups.all.weight_decay = 0.1
+  config.optimizer.groups.all.weight_decay = 0.3
   config.training.update(
     steps=6000,
     batch_size=64,
@@ -96,7 +96,8 @@ def get_config(variant=None):
   }
   if 'bits16' in chosen:
     config.task.length = 16
-    config.model.update(width=256, ticks=20, unrolled=5)
+    config.model.update(width=256, ticks=20, unrolled=5, dropout=0.0)
+    config.optimizer.groups.all.weight_decay = 0.1
     config.training.steps = 20000
   if 'deep' in chosen:
     config.model.nlm.layers = 2
@@ -115,13 +116,14 @@ def get_config(variant=None):
       sync_out=32,
       sync_action=32,
       position='rotation',
+      dropout=0.0,
     )
     config.model.nlm.hidden = 16
     config.optimizer.learning_rate = 1e-4
     config.optimizer.groups.all.weight_decay = 0.0
     config.optimizer.schedule.warmup_steps = 500
     config.training.steps = 200_000
-  derivations.derive(config, chosen, default='spectral_residual')
+  derivations.derive(config, chosen, default='polynomial')
   if 'smoke' in chosen:
     config.task.update(length=6, eval_size=64)
     config.model.update(width=32, input_width=16, ticks=3, memory=4)

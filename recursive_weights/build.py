@@ -264,6 +264,8 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
   model = tasks and attempt('model', lambda: build_model(config, tasks[0]))
   if errors:
     raise UserError('config: ' + '; '.join(errors))
+  # So workdirs and checkpoints know their data, and refuse other data.
+  config = config | {'data_hash': dict(tasks[0].data_hash or {})}
   train = config['training']
   inputs = example(tasks[0], train['batch_size'])
   shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)

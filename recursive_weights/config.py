@@ -25,6 +25,7 @@ def base() -> ConfigDict:
       'init_from': '',  # a run whose parameters this one begins with
       'max_minutes': 0.0,  # save and leave after so long; 0: no limit
       'task': {'name': ''},
+      'data_hash': {},  # of the task's data by split; `build` fills it in
       'model': {'name': ''},
       # Weights derived from weights. By rule name: source, target (tree
       # paths), adapter (to the target's shape: contraction or transpose; name

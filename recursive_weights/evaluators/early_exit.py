@@ -23,6 +23,7 @@ def make(
   thresholds: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.99),
   chunk: int = 4,
   metric: str = 'accuracy',
+  rule: str = 'certain',
   max_batches: int | None = None,
 ) -> interfaces.Evaluator:
   """Accuracy, steps and wall clock with rows that stop when certain.
@@ -39,6 +40,7 @@ def make(
     thresholds: of the certainty.
     chunk: steps between two looks at the certainty.
     metric: of the task, larger is better.
+    rule: 'certain' where the surest step answers, 'last' where the last does.
     max_batches: see `accuracy`.
 
   Returns:
@@ -56,6 +58,8 @@ def make(
     raise UserError('early_exit needs a model that is a recursion over depth')
   if not thresholds:
     raise UserError('thresholds must name at least one, got ()')
+  if rule not in ('certain', 'last'):
+    raise UserError(f"rule must be 'certain' or 'last', got {rule!r}")
   _average.check(task, ('validation', *splits), batch_size, max_batches)
   limits = {'batch_size': batch_size, 'max_batches': max_batches}
 
@@ -89,7 +93,9 @@ def make(
       inputs,
     )
     total = outputs['certainty'].shape[0]
-    leave = halting.early_exit(model.recursion, max_steps=total, chunk=chunk)
+    leave = halting.early_exit(
+      model.recursion, max_steps=total, chunk=chunk, rule=rule
+    )
     every_B = np.full(batch_size, total, np.int32)
 
     def answer(inputs, threshold):

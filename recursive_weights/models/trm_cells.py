@@ -103,7 +103,7 @@ def sequence(
 
   def embed(params, inputs):
     words_BT = inputs['tokens'] if isinstance(inputs, Mapping) else inputs
-    x_BTD = params['embedding'][words_BT]
+    x_BTD = _look_up(params['embedding'], words_BT)
     if prefix:
       first_BTD = jnp.zeros([len(x_BTD), prefix, width])
       if spec.puzzles:
@@ -202,7 +202,7 @@ def symmetric(
     own_V = jnp.arange(1, digits + 1)[None, None, :]
     case_BTV = jnp.where(words_BTV == own_V, 0, 1)
     case_BTV = jnp.where(words_BTV == 0, 2, case_BTV)
-    return params['embedding'][case_BTV] * np.sqrt(width)
+    return _look_up(params['embedding'], case_BTV) * np.sqrt(width)
 
   def block(params, u_TBVD):
     return symmetric_block.apply(
@@ -216,6 +216,15 @@ def symmetric(
     return logits_BTV, _judge(params['halt'], jnp.concatenate(seen_BD, -1))
 
   return Cell(init, (cells, digits, width), embed, block, read)
+
+
+def _look_up(table_VD, index):
+  """Rows of a small table by a product, whose gradient needs no scatter.
+
+  An index outside the table gives zeros.
+  """
+  chosen = jax.nn.one_hot(index, len(table_VD), dtype=jnp.float32)
+  return jnp.matmul(chosen, table_VD, precision='highest')
 
 
 def _start(key, width):

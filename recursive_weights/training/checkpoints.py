@@ -41,6 +41,7 @@ IDENTITY = (
   'num_seeds',
   'dtype',
   'task',
+  'data_hash',
   'model',
   'recursive',
   'objective',

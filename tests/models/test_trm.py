@@ -104,7 +104,9 @@ SYMMETRIC = [
 
 
 @pytest.mark.parametrize('mixing, pool', SYMMETRIC)
-@pytest.mark.parametrize('digits', [4, 6, 9])
+@pytest.mark.parametrize(
+  'digits', [4, pytest.param(6, marks=pytest.mark.slow), 9]
+)
 def test_relabelled_digits_come_out_relabelled(digits, mixing, pool):
   model, params, words = problem(
     digits, cell='symmetric', mixing=mixing, pool=pool, steps=1
@@ -136,8 +138,10 @@ def moved(digits, box, rng):
   return (rows[:, None] * digits + columns[None]).ravel()
 
 
-@pytest.mark.parametrize('digits, box', [(4, (2, 2)), (6, (2, 3)), (9, (3, 3))])
-@pytest.mark.parametrize('pool', symmetric_block.POOLS)
+@pytest.mark.parametrize(
+  'digits, box, pool',
+  [(4, (2, 2), 'max'), (6, (2, 3), 'both'), (9, (3, 3), 'softmax')],
+)
 def test_constraints_know_no_cell_from_another(digits, box, pool):
   """Moving the puzzle's cells moves the answer's; other moves do not."""
   model, params, words = problem(digits, cell='symmetric', pool=pool, steps=1)
@@ -213,6 +217,8 @@ def test_puzzles_have_a_place_of_their_own():
 
 def test_half_precision_keeps_its_dtypes():
   for fields in CASES.values():
+    # Few updates: a recursion magnifies rounding from one to the next.
+    fields = fields | {'cycles': 1, 'inner': 1}
     model, params, words = problem(dtype='bfloat16', **fields)
     full, _, _ = problem(**fields)
     carry = model.carry(params, ROWS)

@@ -116,14 +116,8 @@ def constraint_half(
   grid = (box[1], box[0], box[0], box[1], *shape[1:])
   x = x_TBVD.reshape(grid)
   gates = _split(jax.nn.silu(x @ weights['gate']), families)
-  ups = _split(weights['up'], families)
-  scores = _split(weights.get('score', weights['up']), families)
-  mixed = [
-    gate * _pool(x, up, score, FAMILIES[family], pool)
-    for family, gate, up, score in zip(
-      families, gates, ups, scores, strict=True
-    )
-  ]
+  pooled = _pooled(weights, x, [FAMILIES[name] for name in families], pool)
+  mixed = [gate * value for gate, value in zip(gates, pooled, strict=True)]
   hidden = jnp.concatenate(mixed, axis=-1).reshape(*shape[:-1], -1)
   return trm_block.rms(x_TBVD + hidden @ weights['down'])
 
@@ -157,22 +151,44 @@ def _split(x, families):
   return jnp.split(x, len(families), axis=-1)
 
 
-def _pool(x, up, score, axes, pool):
-  """Values of one family's constraints, axes kept with size 1."""
-  if pool == 'mean':  # linear, so it may come first and the product is small
-    return _mean(x, axes) @ up
-  if pool == 'max':
-    return (x @ up).max(axes, keepdims=True)
+def _pooled(weights, x, families, pool):
+  """Each family's values, with size 1 along the axes pooled over.
+
+  Values of all families come from one product, but for means, which are linear
+  and so may be taken first: their products are small.
+  """
+  up, width = weights['up'], x.shape[-1]
+  if pool == 'mean':
+    return [
+      _mean(x, axes) @ part
+      for axes, part in zip(families, _split(up, families), strict=True)
+    ]
   if pool == 'both':
-    linear, largest = jnp.split(up, 2, axis=-1)
-    mean = _mean(x, axes) @ linear
-    return jnp.concatenate(
-      [mean, (x @ largest).max(axes, keepdims=True)], axis=-1
-    )
+    halves = up.reshape(width, len(families), 2, -1)
+    largest = x @ halves[:, :, 1].reshape(width, -1)
+    return [
+      jnp.concatenate(
+        [_mean(x, axes) @ halves[:, i, 0], value.max(axes, keepdims=True)], -1
+      )
+      for i, (axes, value) in enumerate(
+        zip(families, _split(largest, families), strict=True)
+      )
+    ]
+  values = _split(x @ up, families)
+  if pool == 'max':
+    return [
+      value.max(axes, keepdims=True)
+      for axes, value in zip(families, values, strict=True)
+    ]
   if pool != 'softmax':
     raise ValueError(f'pool must be one of {POOLS}, got {pool!r}')
-  share = jax.nn.softmax((x @ score).astype(jnp.float32), axis=axes)
-  return (share * (x @ up)).sum(axes, keepdims=True).astype(x.dtype)
+  scores = _split((x @ weights['score']).astype(jnp.float32), families)
+  return [
+    (jax.nn.softmax(score, axis=axes) * value)
+    .sum(axes, keepdims=True)
+    .astype(x.dtype)
+    for axes, score, value in zip(families, scores, values, strict=True)
+  ]
 
 
 def _mean(x, axes):

@@ -1,0 +1,113 @@
+"""Can a tiny network that recurs learn Sudoku in minutes on a CPU?
+
+Puzzles of 4 x 4 cells are generated, each with one solution; no held-out puzzle
+is seen in training in any guise. A network of two blocks (80,641 parameters)
+repeats itself 6 times a step, for up to 8 steps, each with its own update of
+the weights, until its halting head thinks the answer right.
+
+  python train.py --config=configs/trm_mini.py --workdir=runs/trm_mini
+
+makes 15 steps a second on one core of a busy machine. Of 512 held-out puzzles
+(validation, seed 0) it solves .979 after 500 steps and .998 after 1,000; a run
+of 3,000 steps ended at .996, and .994 of the test puzzles. At equal steps
+(1,500) the same network applied once, `plain`, solves .951 (.805 of the test
+puzzles) and twelve blocks with weights of their own, `deep`, .998 (at 1,250),
+with six times the parameters.
+
+Variants, joined by commas: `smoke`, `six`, `nine` (sizes of the puzzle; not
+trained yet), `attention`, `symmetric` (a cell without weights of its own for
+any digit or cell: fewer parameters, slower on a CPU), `plain`, `deep`.
+"""
+
+from recursive_weights import config as config_lib
+
+VARIANTS = ('smoke', 'six', 'nine', 'attention', 'symmetric', 'plain', 'deep')
+
+
+def get_config(variant=None):
+  chosen = config_lib.variants(variant, VARIANTS)
+  config = config_lib.base()
+  config.task = {
+    'name': 'sudoku',
+    'size': 4,
+    'loss': 'stablemax',
+    'digits': True,
+    'positions': True,
+    'train_size': 4096,
+    'eval_size': 512,
+  }
+  config.model = {
+    'name': 'trm',
+    'cell': 'mixer',
+    'width': 64,
+    'layers': 2,
+    'heads': 4,
+    'cycles': 2,
+    'inner': 2,
+    'steps': 8,
+    'states': 2,
+    'gradient': 'cycle',
+    'position': 'none',
+    'vocabulary': 5,
+    'mixing': 'constraints',
+    'pool': 'both',
+    'pool_width': 16,
+    'expansion': 4.0,
+    'multiple': 32,
+    'unrolled': 1,
+  }
+  config.objective = {
+    'name': 'halting',
+    'weight': 0.5,
+    'whole': 'puzzle_accuracy',
+  }
+  config.optimizer.update(
+    name='adam_atan2', learning_rate=1e-3, b2=0.95, clip_norm=0.0
+  )
+  config.optimizer.schedule.update(name='cosine', warmup_steps=100)
+  config.optimizer.groups = {
+    'start': {'pattern': '^start/', 'frozen': True},
+    'rest': {'pattern': '^(?!start/)', 'weight_decay': 0.1, 'frozen': False},
+  }
+  config.training.update(
+    steps=1500,
+    batch_size=64,
+    steps_per_dispatch=50,
+    ema_decay=0.99,
+    report_every=50,
+    evaluate_every=250,
+  )
+  config.training.slots.update(steps=8, explore=0.1)
+  config.checkpoint.update(every=500, best='validation/puzzle_accuracy')
+  config.evaluators.during = {'accuracy': {'splits': ('validation',)}}
+  config.evaluators.after = {
+    'accuracy': {'splits': ('validation', 'test')},
+    'depth_sweep': {'splits': ('test',)},
+  }
+  if 'six' in chosen:
+    config.task.size = 6
+    config.model.vocabulary = 7
+  if 'nine' in chosen:
+    config.task.size = 9
+    config.model.vocabulary = 10
+  if 'attention' in chosen:
+    config.model.update(cell='attention', position='learned')
+  if 'symmetric' in chosen:
+    config.model.update(cell='symmetric', width=32)
+  if 'plain' in chosen or 'deep' in chosen:
+    config.model.update(states=1, cycles=1, inner=0, steps=1)
+    config.training.slots.steps = 0
+  if 'deep' in chosen:
+    config.model.layers = 12
+  if 'smoke' in chosen:
+    config.task.update(train_size=64, eval_size=16)
+    config.model.update(width=16, steps=2, multiple=16, heads=2)
+    config.training.update(
+      steps=6, batch_size=8, steps_per_dispatch=2, report_every=2
+    )
+    config.training.evaluate_every = 4
+    config.training.slots.steps = 2
+    config.checkpoint.every = 4
+    config.optimizer.schedule.warmup_steps = 2
+    del config.evaluators.after.depth_sweep
+  return config

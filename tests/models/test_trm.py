@@ -215,6 +215,7 @@ def test_puzzles_have_a_place_of_their_own():
   assert moves[0].any() and moves[2].any() and not moves[1].any()
 
 
+@pytest.mark.slow
 def test_half_precision_keeps_its_dtypes():
   for fields in CASES.values():
     # Few updates: a recursion magnifies rounding from one to the next.

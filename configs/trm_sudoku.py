@@ -1,0 +1,126 @@
+r"""Can a network of a few million weights solve hard Sudoku by recursion?
+
+The published answer, on the 1,000 puzzles and 422,786 tests of Sudoku-Extreme:
+.874 of whole puzzles with 5 M parameters (`mixer`), .747 with `attention`;
+others repeat it at .79 to .87. A cell that treats all digits alike
+(`symmetric`, the default) reaches .95 in other people's hands with 0.8 M.
+
+NOT TRAINED YET: what stands here are recipes, not results.
+
+  python train.py --config=configs/trm_sudoku.py --workdir=runs/sudoku
+
+generates its own data (1,000 puzzles of 17 to 30 clues, half a minute on a CPU
+core): each has one solution, most need few guesses, so they are easier than
+the protocol's. For that give files,
+
+  python train.py --config=configs/trm_sudoku.py:mixer --workdir=runs/mixer \
+      --config.task.train_path=train_1k.csv \
+      --config.task.validation_path=rest.csv --config.task.limits='(0,5000,0)' \
+      --config.task.test_path=test.csv
+
+with the columns `question` and `answer`. The published files can be had from
+their authors. Where they cannot: public lists of the hardest puzzles from
+forums, puzzles of 17 clues, minimal and easy ones, mixed to the mean number of
+guesses and the composition of Sudoku-Extreme. Results on those are of a set
+matched in mean and composition, which it is not. The checkpoint with the best
+validation stays (`eval.py --best`); take validation puzzles from neither
+training nor test.
+
+Cost: a step of the mixer is 30 TFLOP, so 50,000 take 25 minutes of the
+arithmetic of an H100 and about an hour in practice; an optimizer step is one of
+the up to 16 steps of a puzzle, and not of all rows offered. `slices` is for
+GPUs borrowed by the minute: with --config.max_minutes=N it leaves a checkpoint
+of all its state where slots are emptied (every 500 steps, as an uninterrupted
+run of it does), and the same command goes on to the same bits on the same kind
+of device.
+
+Variants, joined by commas:
+  mixer, attention      the published cells; default: symmetric
+  prefix16              16 places before the 81, as the published code has
+  short                 10,000 steps: for comparisons
+  slices                Adam's moments in bfloat16, slots emptied
+  kaggle                float32, 16 GB, saves and leaves after 11.5 hours
+  no_digits             digits are not renamed (the symmetric cell cannot tell)
+  layers4 (n 3), T1n2, T2n2, T2n4, T4n8, T6n6, single_state,
+  one_step_gradient, no_ema, no_turnover, flat, flat_deep
+                        see configs/tiny_recursive.py
+  smoke
+
+The paper's findings are repeated by
+
+  python -m recursive_weights.compare --config=configs/trm_sudoku.py \
+      --variants='mixer,short;mixer,short,layers4;mixer,short,no_ema' \
+      --workdir=runs/findings
+
+(published, mixer, 60,000 epochs: layers4 .795, T2n2 .737, single_state .719,
+one_step_gradient .565, no_ema .799; by others: no_turnover .72, no_digits .21).
+"""
+
+from configs import tiny_recursive
+from recursive_weights import config as config_lib
+from recursive_weights.interfaces import UserError
+
+CELLS = ('mixer', 'attention', 'symmetric')
+VARIANTS = (
+  *CELLS,
+  'prefix16',
+  'short',
+  'slices',
+  'kaggle',
+  'no_digits',
+  *tiny_recursive.CONTROLS,
+  'smoke',
+)
+
+
+def get_config(variant=None):
+  chosen = config_lib.variants(variant, VARIANTS)
+  cells = [name for name in CELLS if name in chosen]
+  if len(cells) > 1:
+    raise UserError(f'choose one cell, got {", ".join(cells)}')
+  config = config_lib.base()
+  config.task = {
+    'name': 'sudoku',
+    'size': 9,
+    'loss': 'stablemax',
+    'digits': True,
+    'positions': True,
+    'clues': (17, 30),
+    'guesses': 0,
+    'train_size': 1000,
+    'eval_size': 512,
+    'train_path': '',
+    'validation_path': '',
+    'test_path': '',
+    'limits': (0, 0, 0),
+    'check_unique': True,
+  }
+  tiny_recursive.recipe(config)
+  config.model.vocabulary = 10
+  config.model.cell = cells[0] if cells else 'symmetric'
+  if config.model.cell == 'attention':
+    config.model.position = 'rotation'
+  if config.model.cell == 'symmetric':
+    # A state has 81 x 9 places.
+    config.model.update(width=128, multiple=64)
+    config.training.update(steps=30_000, accumulation=4)
+  if 'prefix16' in chosen:
+    config.model.prefix = 16
+  if 'short' in chosen:
+    config.training.update(steps=10_000, evaluate_every=1000)
+  if 'slices' in chosen:
+    config.optimizer.moments = 'bfloat16'
+    config.training.slots.empty_every = 500
+    config.checkpoint.update(every=500, keep=1)
+  if 'kaggle' in chosen:
+    tiny_recursive.kaggle(config)
+  if 'no_digits' in chosen:
+    config.task.digits = False
+  tiny_recursive.depart(config, chosen)
+  if 'smoke' in chosen:
+    tiny_recursive.smoke(config)
+    config.task.update(train_size=32, eval_size=8)
+    config.training.slots.empty_every = min(
+      config.training.slots.empty_every, 4
+    )
+  return config

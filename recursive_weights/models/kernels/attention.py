@@ -195,6 +195,7 @@ def _sizes(qkv_TN, plan):
   return {'heads': plan.heads, 'half': half}
 
 
+@functools.partial(jax.jit, static_argnames='plan')
 def _forward(qkv_TN, turn, plan):
   tokens, columns = qkv_TN.shape
   return pl.pallas_call(
@@ -229,6 +230,7 @@ def _backward_kernel(qkv_ref, g_ref, *refs, heads, half):
     _store(dqkv_ref, _columns(which, heads, half), value)
 
 
+@functools.partial(jax.jit, static_argnames='plan')
 def _backward(qkv_TN, turn, g_TN, plan):
   return pl.pallas_call(
     functools.partial(_backward_kernel, **_sizes(qkv_TN, plan)),

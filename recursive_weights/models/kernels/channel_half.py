@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
-from recursive_weights.models.kernels import tiling
+from recursive_weights.models.kernels import tiling, wide_product
 
 EPS = 1e-5
 
@@ -27,7 +27,9 @@ class Tiles(NamedTuple):
   rows, hidden, width: of a product's tile and of a step of its contraction.
   warps, stages: of a program, and of its loads in flight. `back_*`: the same
   of the backward pass; `down_*`: of the down projection, whose tile has all
-  columns. down: whether that is a kernel too.
+  columns. down: whether that is a kernel too. wide: the plan of the kernels for
+  Hopper GPUs, which take the place of these in 16-bit types where sizes are
+  whole tiles of theirs; None for never.
   """
 
   rows: int = 128
@@ -40,11 +42,12 @@ class Tiles(NamedTuple):
   back_width: int = 64
   back_warps: int = 8
   back_stages: int = 3
-  down: bool = False
+  down: bool = True
   down_rows: int = 64
   down_width: int = 64
   down_warps: int = 8
   down_stages: int = 3
+  wide: wide_product.Plan | None = wide_product.Plan()
 
 
 def fits(width: int, hidden: int) -> bool:
@@ -90,6 +93,12 @@ def apply(
   )
   if interpret is None:
     interpret = jax.default_backend() != 'gpu'
+  wide = tiles.wide
+  if wide is not None:
+    runs = wide.interpret or (not interpret and wide_product.available())
+    whole = wide_product.fits(x_TBD.size // width, width, hidden, wide)
+    if not (runs and whole and x_TBD.dtype.itemsize == 2):
+      tiles = tiles._replace(wide=None)
   y_ND = _mix(dict(params), x_TBD.reshape(-1, width), tiles, interpret)
   return y_ND.reshape(x_TBD.shape)
 
@@ -101,7 +110,10 @@ def _mix(params, x_ND, tiles, interpret):
 
 def _whole(params, x_ND, tiles, interpret):
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
-  hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
+  if tiles.wide:
+    hidden_NF = wide_product.gated(gate_DF, up_DF, x_ND, tiles.wide)
+  else:
+    hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
   if tiles.down:
     return _down(hidden_NF, down_FD, x_ND, tiles, interpret)
   r_ND = (x_ND + hidden_NF @ down_FD).astype(jnp.float32)
@@ -122,9 +134,15 @@ def _mix_backward(tiles, interpret, saved, g_ND):
   g_ND, y_ND = g_ND.astype(jnp.float32), y_ND.astype(jnp.float32)
   mean_N1 = (g_ND * y_ND).mean(1, keepdims=True)
   dr_ND = (scale_N[:, None] * (g_ND - y_ND * mean_N1)).astype(dtype)
-  dgate_up_N2F, hidden_NF = _gated_backward(
-    gate_DF, up_DF, down_FD, x_ND, dr_ND, tiles, interpret
-  )
+  weights = gate_DF, up_DF, down_FD
+  if tiles.wide:
+    dgate_up_N2F, hidden_NF = wide_product.gated_backward(
+      *weights, x_ND, dr_ND, tiles.wide
+    )
+  else:
+    dgate_up_N2F, hidden_NF = _gated_backward(
+      *weights, x_ND, dr_ND, tiles, interpret
+    )
   gate_up_D2F = jnp.concatenate([gate_DF, up_DF], 1)
   dx_ND = dr_ND + dgate_up_N2F @ gate_up_D2F.T
   dgate_DF, dup_DF = jnp.split(tiling.dot(x_ND.T, dgate_up_N2F), 2, axis=1)
@@ -176,10 +194,11 @@ def _gated_kernel(gate_ref, up_ref, x_ref, hidden_ref, *, tiles):
 
   zeros = jnp.zeros((tiles.rows, tiles.hidden), jnp.float32)
   gate, up = jax.lax.fori_loop(0, width // tiles.width, body, (zeros, zeros))
-  value = gate * jax.nn.sigmoid(gate) * up
+  value = gate * tiling.sigmoid(gate, tiling.rough(x_ref.dtype)) * up
   _store(hidden_ref, value, first, total, columns)
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def _gated(gate_DF, up_DF, x_ND, tiles, interpret):
   rows, hidden = x_ND.shape[0], gate_DF.shape[1]
   return pl.pallas_call(
@@ -213,6 +232,7 @@ def _down_kernel(hidden_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   plgpu.store(scale_ref.at[pl.ds(first, tiles.down_rows)], scale, mask=mask)
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def _down(hidden_NF, down_FD, x_ND, tiles, interpret):
   rows = x_ND.shape[0]
   return pl.pallas_call(
@@ -262,12 +282,13 @@ def _gated_backward_kernel(
   sums = jax.lax.fori_loop(
     0, width // tiles.back_width, body, (zeros, zeros, zeros)
   )
-  dgate, dup, h = tiling.swiglu_backward(*sums)
+  dgate, dup, h = tiling.swiglu_backward(*sums, tiling.rough(x_ref.dtype))
   _store(dgate_up_ref, dgate, first, total, columns)
   _store(dgate_up_ref, dup, first, total, pl.ds(hidden + start, units))
   _store(hidden_ref, h, first, total, columns)
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def _gated_backward(gate_DF, up_DF, down_FD, x_ND, dr_ND, tiles, interpret):
   """Gradients `[N, 2F]` of gate and up, and the hidden units again."""
   rows, hidden = x_ND.shape[0], gate_DF.shape[1]

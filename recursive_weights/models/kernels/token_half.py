@@ -25,20 +25,20 @@ class Tiles(NamedTuple):
 
   columns: features of an example in a program. hidden: units in a step of its
   loop. warps, stages: of the program, and of its loads in flight. whole: the
-  tokens as one power of two, else in pieces (`tiling.pieces_of`). `back_*`: the
-  same of the backward pass.
+  tokens as one power of two, else in pieces (`tiling.pieces_of`); None: whole
+  where there would be more than two. `back_*`: the same of the backward pass.
   """
 
-  columns: int = 128
+  columns: int = 64
   hidden: int = 32
-  warps: int = 8
+  warps: int = 4
   stages: int = 3
-  whole: bool = False
-  back_columns: int = 128
+  whole: bool | None = None
+  back_columns: int = 64
   back_hidden: int = 32
-  back_warps: int = 8
-  back_stages: int = 2
-  back_whole: bool = False
+  back_warps: int = 4
+  back_stages: int = 3
+  back_whole: bool | None = None
 
 
 def fits(tokens: int, columns: int, hidden: int) -> bool:
@@ -76,7 +76,10 @@ def apply(
       f'{tokens}, {columns} and {hidden}'
     )
   tiles = Tiles() if tiles is None else tiles
+  many = len(tiling.pieces_of(tokens)) > 2
   tiles = tiles._replace(
+    whole=many if tiles.whole is None else tiles.whole,
+    back_whole=many if tiles.back_whole is None else tiles.back_whole,
     columns=tiling.divisor(columns, tiles.columns),
     hidden=tiling.divisor(hidden, tiles.hidden),
     back_columns=tiling.divisor(columns, tiles.back_columns),
@@ -174,11 +177,12 @@ def _forward_kernel(pairs_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   units, whole = tiles.hidden, tiles.whole
   columns = pl.ds(pl.program_id(0) * tiles.columns, tiles.columns)
   turned = [x.T for x in tiling.load(x_ref, columns, whole)]
+  fast = tiling.rough(x_ref.dtype)
 
   def body(index, sums):
     pairs = tiling.load(pairs_ref, pl.ds(index * 2 * units, 2 * units), whole)
     u, v = jax.lax.split(_product(turned, pairs), (units, units), axis=1)
-    h = (u * jax.nn.sigmoid(u) * v).astype(x_ref.dtype)
+    h = (u * tiling.sigmoid(u, fast) * v).astype(x_ref.dtype)
     downs = tiling.load(down_ref, pl.ds(index * units, units), whole)
     return tuple(
       s + tiling.dot(h, w.T) for s, w in zip(sums, downs, strict=True)
@@ -193,6 +197,7 @@ def _forward_kernel(pairs_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   tiling.store(y_ref, columns, ys, whole)
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def _forward(weights, x_TN, tiles, interpret):
   tokens, columns = x_TN.shape
   return pl.pallas_call(
@@ -248,7 +253,7 @@ def _backward_kernel(
     pairs = tiling.load(pairs_ref, at_pair, whole)
     u, v = jax.lax.split(_product(xs_turned, pairs), (units, units), axis=1)
     dh = _product(drs_turned, tiling.load(down_ref, at, whole))
-    du, dv, h = tiling.swiglu_backward(u, v, dh)
+    du, dv, h = tiling.swiglu_backward(u, v, dh, tiling.rough(dtype))
     dpair = join(du.astype(dtype), dv.astype(dtype))
     dpair_ref[columns, at_pair] = dpair
     hidden_ref[columns, at] = h.astype(dtype)
@@ -261,6 +266,7 @@ def _backward_kernel(
   tiling.store(dx_ref, columns, [_turn(dx, dx_ref) for dx in dxs], whole)
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def _backward(weights, x_TN, y_TN, scale_N, g_TN, tiles, interpret):
   tokens, columns = x_TN.shape
   hidden = weights[1].shape[1]

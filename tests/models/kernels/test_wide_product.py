@@ -1,0 +1,76 @@
+"""The Hopper kernels, run by the simulator of groups, barriers and copies."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from recursive_weights.models.kernels import tiling, wide_product
+from recursive_weights.models.layers import trm_block
+
+params = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
+
+# Blocks that share no whole number of tiles: three tiles for two blocks.
+ROWS, WIDTH, HIDDEN = 128, 128, 192
+
+
+def plan(**changes):
+  small = wide_product.Tiles(columns=64, stages=2)
+  return wide_product.Plan(
+    gated=small,
+    backward=small,
+    blocks=2,
+    interpret=params.InterpretGPUParams(),
+  )._replace(**changes)
+
+
+def arrays():
+  keys = jax.random.split(jax.random.key(0), 3)
+  weights = trm_block.swiglu_init(keys[0], WIDTH, HIDDEN)
+  weights = tuple(
+    weights[name].astype(jnp.bfloat16) for name in ('gate', 'up', 'down')
+  )
+  x_ND, dr_ND = (
+    jax.random.normal(key, (ROWS, WIDTH)).astype(jnp.bfloat16)
+    for key in keys[1:]
+  )
+  return weights, x_ND, dr_ND
+
+
+def exact(weights, x_ND, dr_ND):
+  wide = [a.astype(jnp.float32) for a in (*weights, x_ND, dr_ND)]
+  gate, up, down, x, dr = wide
+  return tiling.swiglu_backward(x @ gate, x @ up, dr @ down.T)
+
+
+def distance(a, b):
+  return jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('ahead', [False, True])
+def test_gated_unit_of_two_products(ahead):
+  weights, x_ND, dr_ND = arrays()
+  tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
+  found = wide_product.gated(*weights[:2], x_ND, plan(gated=tiles))
+  assert distance(found, exact(weights, x_ND, dr_ND)[2]) < 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('split', [False, True])
+def test_gradients_of_the_gated_unit(split):
+  weights, x_ND, dr_ND = arrays()
+  tiles = wide_product.Tiles(columns=64, stages=2, ahead=split)
+  both, hidden = wide_product.gated_backward(
+    *weights, x_ND, dr_ND, plan(backward=tiles, split=split)
+  )
+  dgate, dup, h = exact(weights, x_ND, dr_ND)
+  assert distance(both, jnp.concatenate([dgate, dup], 1)) < 3e-3
+  assert distance(hidden, h) < 3e-3
+
+
+def test_only_whole_tiles_fit():
+  whole = wide_product.Plan()
+  assert wide_product.fits(81 * 768, 512, 1536, whole)
+  assert wide_product.fits(97 * 768, 512, 1536, whole)
+  assert not wide_product.fits(81, 512, 1536, whole)
+  assert not wide_product.fits(81 * 768, 48, 1536, whole)

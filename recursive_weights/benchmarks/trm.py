@@ -41,43 +41,48 @@ KERNELS = {
   'attention': attention,
 }
 
+_SPLIT = {'columns': 128, 'stages': 4, 'ahead': True}
+
 # Tiles worth a measurement, as changes to the defaults. Forward and backward
 # settings are independent, so one entry tries one of each.
 SETTINGS = {
   'token': [
     dict(zip(token_half.Tiles._fields, values, strict=True))
     for values in (
-      (64, 32, 4, 2, False, 64, 32, 4, 2, False),
-      (128, 32, 8, 2, False, 128, 32, 8, 2, False),
       (64, 32, 4, 3, False, 64, 32, 4, 3, False),
-      (64, 16, 4, 3, False, 64, 16, 4, 2, False),
-      (64, 64, 4, 2, False, 128, 16, 8, 2, False),
-      (128, 64, 8, 2, False, 128, 64, 8, 2, False),
-      (64, 32, 4, 2, True, 64, 32, 4, 2, True),
-      (128, 32, 8, 2, True, 128, 32, 8, 2, True),
-      (64, 64, 4, 2, True, 64, 16, 4, 2, True),
+      (64, 32, 4, 3, True, 64, 32, 4, 3, True),
+      (128, 32, 8, 3, False, 64, 32, 4, 2, False),
+      (128, 32, 8, 3, True, 128, 64, 8, 3, False),
+      (64, 16, 4, 3, False, 64, 16, 4, 3, False),
+      (64, 32, 4, 2, False, 64, 64, 4, 2, False),
     )
   ],
   'channel': [
-    {'rows': r, 'hidden': h, 'warps': w, 'stages': s}
-    | {'back_rows': br, 'back_hidden': bh, 'back_warps': bw, 'back_stages': bs}
-    for r, h, w, s, br, bh, bw, bs in (
-      (128, 128, 8, 3, 128, 64, 8, 3),
-      (128, 128, 8, 4, 128, 128, 8, 2),
-      (128, 64, 8, 3, 64, 128, 8, 3),
-      (128, 64, 4, 3, 64, 64, 4, 3),
-      (64, 128, 4, 3, 64, 64, 4, 2),
-    )
-  ]
-  + [
-    {'down': True, 'down_width': w, 'down_stages': s}
-    for w, s in ((64, 3), (32, 4))
+    {'wide': None},
+    {'down': False},
+    {'wide': {'split': True, 'backward': _SPLIT}},
+    {'wide': {'split': True, 'backward': _SPLIT | {'ahead': False}}},
+    {'wide': {'split': True, 'backward': _SPLIT | {'stages': 3}}},
+    {'wide': {'gated': {'stages': 4, 'ahead': False}}},
+    {'down_width': 32, 'down_stages': 4},
   ],
-  'attention': [
-    {'warps': 8, 'back_warps': 8},
-    {'warps': 4, 'back_warps': 8},
-  ],
+  'attention': [{'warps': 4, 'back_warps': 8}],
 }
+
+
+def tiles_of(name: str, changes: dict):
+  """The default tiles of a kernel with some fields changed."""
+
+  def change(value, changes):
+    changes = {
+      field: change(getattr(value, field), new)
+      if isinstance(new, dict)
+      else new
+      for field, new in changes.items()
+    }
+    return value._replace(**changes)
+
+  return change(KERNELS[name].Tiles(), changes)
 
 
 def flops(cell: str, tokens: int, batch: int, *, gradient: bool = True) -> dict:
@@ -163,7 +168,7 @@ def measure_half(
   params = half_params(name, tokens, keys[0])
   fused = tiles is not None
   if fused:
-    tiles = KERNELS[name].Tiles()._replace(**tiles)
+    tiles = tiles_of(name, tiles)
   program = half_program(name, tokens, tiles, fused=fused)
 
   def states(batch):
@@ -444,7 +449,7 @@ def main() -> None:
   flags = parser.parse_args()
   for name, tiles in json.loads(flags.tiles).items():
     word = 'over' if name == 'attention' else name
-    TILES[word] = KERNELS[name].Tiles()._replace(**tiles)
+    TILES[word] = tiles_of(name, tiles)
   if flags.halves:
     halves_report(flags)
   else:

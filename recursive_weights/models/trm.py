@@ -201,7 +201,7 @@ def make(
 def _halves(fused):
   if isinstance(fused, trm_block.Halves):
     return fused
-  if fused is False:
+  if fused is False or (fused is None and jax.default_backend() != 'gpu'):
     return trm_block.Halves()
   # Kernels are imported where they are used.
   from recursive_weights.models.kernels import halves

@@ -32,7 +32,13 @@ def main(overrides):
   folder = pathlib.Path(given.workdir)
   overrides = [*overrides, f'--config.num_seeds={given.num_seeds}']
   variants = [v.strip() for v in given.variants.split(';') if v.strip()]
-  rows = [train(given.config, v, overrides, folder) for v in variants]
+  # All are built first, so that a mistake in the last one costs no training.
+  experiments = {v: read(given.config, v, overrides) for v in variants}
+  rows = []
+  for name, experiment in experiments.items():
+    _log.info('%s', name)
+    workdir = folder / name.replace(',', '-')
+    rows.append(measure(name, experiment, workdir))
   for row in rows:
     row |= against(row, rows[0])
   (folder / 'table.json').write_text(json.dumps(rows, indent=1) + '\n')
@@ -43,17 +49,14 @@ def main(overrides):
   print(json.dumps({r['variant']: r['final_loss'] for r in rows}))
 
 
-def train(path: str, variant: str, overrides: list[str], folder) -> dict:
-  """Trains one variant (or finds it trained) and measures it."""
+def read(path: str, variant: str, overrides: list[str]):
+  """The experiment of a variant."""
   from recursive_weights import build, config
 
   fields = command.override(
     command.read_config_file(f'{path}:{variant}'), overrides
   )
-  data = accuracy_alone(config.to_data(fields))
-  _log.info('%s', variant)
-  workdir = folder / variant.replace(',', '-')
-  return measure(variant, build.build(data), workdir)
+  return build.build(accuracy_alone(config.to_data(fields)))
 
 
 def accuracy_alone(data: dict) -> dict:

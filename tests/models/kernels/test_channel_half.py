@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from recursive_weights.models.kernels import channel_half
+from recursive_weights.models.kernels import channel_half, wide_product
 from recursive_weights.models.layers import trm_block
 
 TILES = channel_half.Tiles(
@@ -53,16 +53,14 @@ def test_fused_is_plain_in_float32(tokens, batch, down):
   )
 
 
-@pytest.mark.parametrize('down', [False, True])
-def test_fused_in_bfloat16_is_as_far_from_float32_as_plain(down):
-  params, x_TBD, g_TBD = setup(16, 4, 64, 96, jnp.bfloat16)
+def check_as_far_from_float32_as_plain(case, tiles):
+  params, x_TBD, g_TBD = case
   exact = value_and_gradients(
     trm_block.channel_half,
     params,
     x_TBD.astype(jnp.float32),
     g_TBD.astype(jnp.float32),
   )
-  tiles = TILES._replace(down=down)
   fused = functools.partial(channel_half.apply, tiles=tiles, interpret=True)
 
   def distance(half):
@@ -81,6 +79,26 @@ def test_fused_in_bfloat16_is_as_far_from_float32_as_plain(down):
   ):
     assert ours < 1.2 * plain + 1e-3
     assert ours < 2e-2
+
+
+@pytest.mark.parametrize('down', [False, True])
+def test_fused_in_bfloat16_is_as_far_from_float32_as_plain(down):
+  case = setup(16, 4, 64, 96, jnp.bfloat16)
+  check_as_far_from_float32_as_plain(case, TILES._replace(down=down))
+
+
+@pytest.mark.slow
+def test_half_by_hopper_kernels_is_as_far_from_float32_as_plain():
+  interpret = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
+  small = wide_product.Tiles(columns=64, stages=2)
+  wide = wide_product.Plan(
+    gated=small,
+    backward=small,
+    blocks=2,
+    interpret=interpret.InterpretGPUParams(),
+  )
+  case = setup(16, 8, 128, 64, jnp.bfloat16)
+  check_as_far_from_float32_as_plain(case, TILES._replace(wide=wide))
 
 
 def test_sizes_that_do_not_fit_are_named():

@@ -45,7 +45,7 @@ _SPLIT = {'columns': 128, 'stages': 4, 'ahead': True}
 
 # Tiles worth a measurement, as changes to the defaults. Forward and backward
 # settings are independent, so one entry tries one of each.
-SETTINGS = {
+SETTINGS: dict[str, list[dict]] = {
   'token': [
     dict(zip(token_half.Tiles._fields, values, strict=True))
     for values in (

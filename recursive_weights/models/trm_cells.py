@@ -156,10 +156,10 @@ def symmetric(
       'cell symmetric needs a Sudoku: classes must be the root of the answer '
       f'length, got {digits} classes and an answer of {cells} tokens'
     )
-  box = tuple(box) or _BOXES.get(digits, ())
-  if len(box) != 2 or box[0] * box[1] != digits:
+  sides = tuple(box) or _BOXES.get(digits, ())
+  if len(sides) != 2 or sides[0] * sides[1] != digits:
     raise UserError(
-      f'box must be (rows, columns) with product {digits}, got {box}'
+      f'box must be (rows, columns) with product {digits}, got {sides}'
     )
   if mixing not in symmetric_block.KINDS:
     raise UserError(
@@ -206,7 +206,7 @@ def symmetric(
 
   def block(params, u_TBVD):
     return symmetric_block.apply(
-      params, u_TBVD, box=box, pool=pool, halves=halves
+      params, u_TBVD, box=sides, pool=pool, halves=halves
     )
 
   def read(params, y_BTVD):

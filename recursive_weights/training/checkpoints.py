@@ -90,7 +90,7 @@ def digest(tree: Tree) -> dict[str, str] | None:
 
 def _items(state: State) -> dict[str, Tree]:
   own = {'params': state.params, 'ema': state.ema, 'carry': state.carry}
-  rest = state._replace(**{name: {} for name in own})
+  rest = state._replace(params={}, ema={}, carry={})
   return own | {'rest': rest._asdict()}
 
 

@@ -71,7 +71,8 @@ def apply(
   qkv_TBE = x_TBD @ params['qkv'].astype(x_TBD.dtype)
   half = width // heads // 2
   if turn is not None:
-    turn = tuple(t[:, :half].astype(jnp.float32) for t in turn)
+    cos_TK, sin_TK = (t[:, :half].astype(jnp.float32) for t in turn)
+    turn = cos_TK, sin_TK
   seen_TN = _attend(qkv_TBE.reshape(tokens, -1), turn, plan)
   seen_TBD = seen_TN.reshape(x_TBD.shape)
   return rms(x_TBD + seen_TBD @ params['out'].astype(x_TBD.dtype))

@@ -6,8 +6,8 @@ within two attempts (attention, 7 M parameters and a vector for each of some
 
   python train.py --config=configs/trm_arc.py --workdir=runs/arc
 
-goes the whole way in small, on a CPU: 40 tasks of ARC-AGI-1 with grids of up to
-7 x 7 on a canvas of 10 x 10, 16 versions of each, of which 8 vote on every test,
+goes the whole way in small, on a CPU: 40 tasks of ARC-AGI-1 with grids of up
+to 7 x 7 on a canvas of 10 x 10, 16 versions of each, of which 8 vote on a test,
 and `runs/arc/submission.json` in the format of the prize beside the scores
 `test/pass@1` and `test/pass@2`. It shows that the path from the data to a
 scored file works. No accuracy is claimed of so short a run.

@@ -238,7 +238,8 @@ def _start(key, width):
 
 def _halt(width):
   """Never halts at first: sigmoid(-5) = 0.007."""
-  return {'kernel': jnp.zeros([width, 1]), 'bias': jnp.full([1], -5.0)}
+  bias = jnp.full([1], -5.0, jnp.float32)
+  return {'kernel': jnp.zeros([width, 1]), 'bias': bias}
 
 
 def _judge(params, x_BD):

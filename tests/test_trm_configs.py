@@ -1,0 +1,119 @@
+"""Configs of Tiny Recursive Models: every variant builds, and is what it says.
+
+Shapes are traced; nothing is computed.
+"""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import tiny_recursive
+from recursive_weights import build, config
+from recursive_weights.interfaces import UserError
+
+SUDOKU = [
+  '',
+  'kaggle',
+  'slices',
+  'attention',
+  'attention,prefix16',
+  'mixer',
+  'mixer,prefix16',
+  'mixer,kaggle',
+  'mixer,slices',
+  'mixer,short,no_digits',
+  *(f'mixer,short,{name}' for name in tiny_recursive.CONTROLS),
+  *(f'smoke,{name}' for name in ('slices', 'kaggle', 'mixer', 'flat_deep')),
+]
+MAZE = ['', 'mixer', 'published', 'kaggle', 'published,T2n2', 'smoke,kaggle']
+ARC = ['', 'arc1', 'arc2', 'kaggle', 'arc2,kaggle', 'smoke,kaggle']
+
+
+def load(name, variant):
+  fields = importlib.import_module(f'configs.{name}').get_config(variant)
+  if name != 'trm_arc':
+    fields.task.update(train_size=16, eval_size=4)
+  return config.to_data(fields)
+
+
+def traced(name, variant):
+  """The experiment, and the shapes of its state before and after a step."""
+  experiment = build.build(load(name, variant))
+  state = jax.eval_shape(experiment.init, np.int32(0))
+  size = experiment.config['training']['batch_size']
+  batch = experiment.tasks[0].batch('train', 0, size)
+  after, _ = jax.eval_shape(experiment.make_step(None), state, batch)
+  return experiment, state, after
+
+
+def number(tree):
+  return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def mebibytes(tree):
+  sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)]
+  return sum(sizes) / 2**20
+
+
+def types(tree):
+  return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.weak_type), tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('name', 'variant'),
+  [
+    (name, variant)
+    for name, variants in (
+      ('trm_sudoku', SUDOKU),
+      ('trm_maze', MAZE),
+      ('trm_arc', ARC),
+    )
+    for variant in variants
+  ],
+)
+def test_every_variant_builds_and_its_step_compiles_once(name, variant):
+  """A state that came back with other types would compile the step anew."""
+  _, before, after = traced(name, variant)
+  assert types(before) == types(after)
+
+
+def test_published_sizes():
+  """5,028,866 and 6,828,034, less what `models.trm` says."""
+  less = 1024 - 513
+  for cell, published in (('mixer', 5_028_866), ('attention', 6_828_034)):
+    _, state, _ = traced('trm_sudoku', f'{cell},prefix16')
+    # Ten tokens and nine classes here, eleven of each there.
+    assert number(state.params) == published + less - 512 * (1 + 2)
+
+
+def test_what_is_carried_between_slices_is_small():
+  """Less than 60 MiB with the mixer: slots are emptied, so not saved."""
+  _, state, _ = traced('trm_sudoku', 'mixer,slices')
+  assert mebibytes(state._replace(carry={})) < 60
+  _, state, _ = traced('trm_sudoku', 'slices')
+  assert mebibytes(state._replace(carry={})) < 16
+
+
+def test_flat_nets_have_equal_parameters_or_equal_arithmetic():
+  _, ours, _ = traced('trm_sudoku', 'mixer,short')
+  _, flat, _ = traced('trm_sudoku', 'mixer,short,flat')
+  assert number(ours.params) == number(flat.params)
+  model = load('trm_sudoku', 'mixer')['model']
+  deep = load('trm_sudoku', 'mixer,flat_deep')['model']
+  calls = model['cycles'] * (model['inner'] + 1) + 2 * (model['inner'] + 1)
+  cost = calls * model['layers']
+  assert cost <= 3 * deep['layers'] < cost + 3
+
+
+def test_what_excludes_each_other_is_refused():
+  for name, variant in (
+    ('trm_sudoku', 'mixer,attention'),
+    ('trm_sudoku', 'T2n2,layers4'),
+    ('trm_maze', 'flat,flat_deep'),
+    ('trm_arc', 'arc1,arc2'),
+  ):
+    with pytest.raises(UserError, match='choose one'):
+      load(name, variant)

@@ -17,9 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
-from recursive_weights.models.kernels import tiling
-
-EPS = 1e-5
+from recursive_weights.models.kernels import channel_half, tiling
 
 
 class Tiles(NamedTuple):
@@ -74,34 +72,13 @@ def apply(
     cos_TK, sin_TK = (t[:, :half].astype(jnp.float32) for t in turn)
     turn = cos_TK, sin_TK
   seen_TN = _attend(qkv_TBE.reshape(tokens, -1), turn, plan)
-  seen_TBD = seen_TN.reshape(x_TBD.shape)
-  return rms(x_TBD + seen_TBD @ params['out'].astype(x_TBD.dtype))
-
-
-@jax.custom_vjp
-def rms(r: Array) -> Array:
-  """`r / sqrt(mean(r^2) + 1e-5)` over the last axis, that keeps its result.
-
-  The next half keeps it too, so that the backward pass of both costs one.
-  """
-  return _rms(r)[0]
-
-
-def _rms(r):
-  r32 = r.astype(jnp.float32)
-  scale = jax.lax.rsqrt((r32 * r32).mean(-1, keepdims=True) + EPS)
-  y = (r32 * scale).astype(r.dtype)
-  return y, (y, scale)
-
-
-def _rms_backward(saved, g):
-  y, scale = saved
-  g32, y32 = g.astype(jnp.float32), y.astype(jnp.float32)
-  dr = scale * (g32 - y32 * (g32 * y32).mean(-1, keepdims=True))
-  return (dr.astype(g.dtype),)
-
-
-rms.defvjp(_rms, _rms_backward)
+  y_ND = channel_half.project(
+    params['out'],
+    seen_TN.reshape(-1, width),
+    x_TBD.reshape(-1, width),
+    interpret=interpret,
+  )
+  return y_ND.reshape(x_TBD.shape)
 
 
 class _Plan(NamedTuple):
@@ -129,27 +106,24 @@ def _attend_backward(plan, saved, g_TN):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _columns(which, heads, half):
-  """Both halves of a head's queries, keys (1) or values (2)."""
+def _head(which, heads, half, parts=3):
+  """First column of a head's queries, keys (1) or values (2)."""
   head, example = pl.program_id(0), pl.program_id(1)
-  first = ((example * 3 + which) * heads + head) * 2 * half
-  return pl.ds(first, half), pl.ds(first + half, half)
+  return ((example * parts + which) * heads + head) * 2 * half
 
 
-def _seen_columns(heads, half):
-  head, example = pl.program_id(0), pl.program_id(1)
-  first = (example * heads + head) * 2 * half
-  return pl.ds(first, half), pl.ds(first + half, half)
+def _load(ref, first, size):
+  """All rows `[P, size]`, zero past the last."""
+  return tiling.load(ref, pl.ds(first, size), True)[0]
 
 
-def _load(ref, columns):
-  """Two halves `[P, K/2]` of all rows, which are zero past the last."""
-  return tuple(tiling.load(ref, at, True)[0] for at in columns)
+def _store(ref, first, value):
+  tiling.store(ref, pl.ds(first, value.shape[1]), [value], True)
 
 
-def _store(ref, columns, values):
-  for at, value in zip(columns, values, strict=True):
-    tiling.store(ref, at, [value], True)
+def _pair(ref, first, half):
+  """The halves of a head, which are turned together."""
+  return _load(ref, first, half), _load(ref, first + half, half)
 
 
 def _turned(halves, turn, sign):
@@ -167,13 +141,18 @@ def _products(xs, ys):
 
 
 def _shares(q, k, tokens):
-  """Softmax of the scores; rows and columns past the last token are padded."""
+  """`(e [P, P], 1 / sum e [P])`, e exponentials of the scores, at most 1.
+
+  Columns past the last token are zero.
+  """
   rows, half = q[0].shape
-  score = _products(q, k) * np.float32(1 / np.sqrt(2 * half))
+  score = _products(q, k)
   exists = jnp.arange(rows)[None] < tokens
   score = jnp.where(exists, score, -1e30)
-  share = jnp.exp(score - score.max(1)[:, None])
-  return share / share.sum(1)[:, None]
+  # By powers of two, which the GPU has an instruction for.
+  score = score * np.float32(np.log2(np.e) / np.sqrt(2 * half))
+  e = jnp.exp2(score - score.max(1)[:, None])
+  return e, 1 / e.sum(1)
 
 
 def _angles(turn_refs):
@@ -181,14 +160,20 @@ def _angles(turn_refs):
   return [tiling.load(ref, everything, True)[0] for ref in turn_refs]
 
 
+def _turned_pairs(qkv_ref, turn, heads, half):
+  return (
+    _turned(_pair(qkv_ref, _head(which, heads, half), half), turn, 1)
+    for which in (0, 1)
+  )
+
+
 def _forward_kernel(qkv_ref, *refs, heads, half):
   *turn_refs, seen_ref = refs
-  turn = _angles(turn_refs)
-  q, k, v = (_load(qkv_ref, _columns(i, heads, half)) for i in range(3))
-  q, k = _turned(q, turn, 1), _turned(k, turn, 1)
-  share = _shares(q, k, qkv_ref.shape[0]).astype(seen_ref.dtype)
-  seen = [tiling.dot(share, x) for x in v]
-  _store(seen_ref, _seen_columns(heads, half), seen)
+  q, k = _turned_pairs(qkv_ref, _angles(turn_refs), heads, half)
+  v = _load(qkv_ref, _head(2, heads, half), 2 * half)
+  e, norm = _shares(q, k, qkv_ref.shape[0])
+  seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
+  _store(seen_ref, _head(0, heads, half, 1), seen)
 
 
 def _sizes(qkv_TN, plan):
@@ -215,20 +200,22 @@ def _backward_kernel(qkv_ref, g_ref, *refs, heads, half):
   *turn_refs, dqkv_ref = refs
   dtype = qkv_ref.dtype
   turn = _angles(turn_refs)
-  q, k, v = (_load(qkv_ref, _columns(i, heads, half)) for i in range(3))
-  g = _load(g_ref, _seen_columns(heads, half))
-  q, k = _turned(q, turn, 1), _turned(k, turn, 1)
-  share = _shares(q, k, qkv_ref.shape[0])
-  dshare = _products(g, v)
+  q, k = _turned_pairs(qkv_ref, turn, heads, half)
+  v = _load(qkv_ref, _head(2, heads, half), 2 * half)
+  g = _load(g_ref, _head(0, heads, half, 1), 2 * half)
+  e, norm = _shares(q, k, qkv_ref.shape[0])
+  share = e * norm[:, None]
+  dshare = tiling.dot(g, v.T)
   dscore = share * (dshare - (share * dshare).sum(1)[:, None])
   dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
-  share = share.astype(dtype)
+  dv = tiling.dot(share.astype(dtype).T, g)
   dq = tuple(tiling.dot(dscore, x) for x in k)
   dk = tuple(tiling.dot(dscore.T, x) for x in q)
-  dv = tuple(tiling.dot(share.T, x) for x in g)
-  dq, dk = _turned(dq, turn, -1), _turned(dk, turn, -1)
-  for which, value in enumerate((dq, dk, dv)):
-    _store(dqkv_ref, _columns(which, heads, half), value)
+  for which, pair in enumerate((dq, dk)):
+    first = _head(which, heads, half)
+    for part, value in enumerate(_turned(pair, turn, -1)):
+      _store(dqkv_ref, first + part * half, value)
+  _store(dqkv_ref, _head(2, heads, half), dv)
 
 
 @functools.partial(jax.jit, static_argnames='plan')

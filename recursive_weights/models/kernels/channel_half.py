@@ -81,16 +81,7 @@ def apply(
     raise ValueError(
       f'width and hidden must be multiples of 16, got {width} and {hidden}'
     )
-  tiles = Tiles() if tiles is None else tiles
-  divisor = tiling.divisor
-  tiles = tiles._replace(
-    hidden=divisor(hidden, tiles.hidden),
-    width=divisor(width, tiles.width),
-    back_hidden=divisor(hidden, tiles.back_hidden),
-    back_width=divisor(width, tiles.back_width),
-    down=tiles.down and width == divisor(width, width),
-    down_width=divisor(hidden, tiles.down_width),
-  )
+  tiles = _fit(tiles, width, hidden)
   if interpret is None:
     interpret = jax.default_backend() != 'gpu'
   wide = tiles.wide
@@ -108,17 +99,83 @@ def _mix(params, x_ND, tiles, interpret):
   return _whole(params, x_ND, tiles, interpret)[0]
 
 
+def project(
+  down_FD: Array,
+  hidden_NF: Array,
+  x_ND: Array,
+  *,
+  tiles: Tiles | None = None,
+  interpret: bool | None = None,
+) -> Array:
+  """`rms(x + hidden down)`, which saves y and not what it was made of.
+
+  The half that follows saves y too, so that it costs nothing here.
+  """
+  if interpret is None:
+    interpret = jax.default_backend() != 'gpu'
+  tiles = _fit(tiles, *down_FD.shape[::-1])
+  return _project(down_FD, hidden_NF, x_ND, tiles, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _project(down_FD, hidden_NF, x_ND, tiles, interpret):
+  return _projected(down_FD, hidden_NF, x_ND, tiles, interpret)[0]
+
+
+def _project_forward(down_FD, hidden_NF, x_ND, tiles, interpret):
+  y_ND, scale_N = _projected(down_FD, hidden_NF, x_ND, tiles, interpret)
+  return y_ND, (down_FD, hidden_NF, y_ND, scale_N)
+
+
+def _project_backward(tiles, interpret, saved, g_ND):
+  down_FD, hidden_NF, y_ND, scale_N = saved
+  dr_ND = _norm_backward(y_ND, scale_N, g_ND)
+  dhidden_NF = dr_ND @ down_FD.astype(dr_ND.dtype).T
+  ddown_FD = tiling.dot(hidden_NF.T, dr_ND).astype(down_FD.dtype)
+  return ddown_FD, dhidden_NF, dr_ND
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _projected(down_FD, hidden_NF, x_ND, tiles, interpret):
+  """The result and its scale, 1 / root mean square."""
+  down_FD = down_FD.astype(x_ND.dtype)
+  if tiles.down:
+    return _down(hidden_NF, down_FD, x_ND, tiles, interpret)
+  r_ND = (x_ND + hidden_NF @ down_FD).astype(jnp.float32)
+  scale_N1 = jax.lax.rsqrt((r_ND * r_ND).mean(1, keepdims=True) + EPS)
+  return (r_ND * scale_N1).astype(x_ND.dtype), scale_N1[:, 0]
+
+
+def _norm_backward(y_ND, scale_N, g_ND):
+  """`dr = s (g - y mean(g y))` of y = r s, s = (mean r^2 + eps)^(-1/2)."""
+  dtype = y_ND.dtype
+  g_ND, y_ND = g_ND.astype(jnp.float32), y_ND.astype(jnp.float32)
+  mean_N1 = (g_ND * y_ND).mean(1, keepdims=True)
+  return (scale_N[:, None] * (g_ND - y_ND * mean_N1)).astype(dtype)
+
+
+def _fit(tiles, width, hidden):
+  """Tiles that divide the sizes."""
+  tiles, divisor = tiles or Tiles(), tiling.divisor
+  return tiles._replace(
+    hidden=divisor(hidden, tiles.hidden),
+    width=divisor(width, tiles.width),
+    back_hidden=divisor(hidden, tiles.back_hidden),
+    back_width=divisor(width, tiles.back_width),
+    down=tiles.down and width == divisor(width, width),
+    down_width=divisor(hidden, tiles.down_width),
+  )
+
+
 def _whole(params, x_ND, tiles, interpret):
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
   if tiles.wide:
     hidden_NF = wide_product.gated(gate_DF, up_DF, x_ND, tiles.wide)
   else:
     hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
-  if tiles.down:
-    return _down(hidden_NF, down_FD, x_ND, tiles, interpret)
-  r_ND = (x_ND + hidden_NF @ down_FD).astype(jnp.float32)
-  scale_N1 = jax.lax.rsqrt((r_ND * r_ND).mean(1, keepdims=True) + EPS)
-  return (r_ND * scale_N1).astype(x_ND.dtype), scale_N1[:, 0]
+  return _projected(down_FD, hidden_NF, x_ND, tiles, interpret)
 
 
 def _mix_forward(params, x_ND, tiles, interpret):
@@ -128,12 +185,8 @@ def _mix_forward(params, x_ND, tiles, interpret):
 
 def _mix_backward(tiles, interpret, saved, g_ND):
   params, x_ND, y_ND, scale_N = saved
-  dtype = x_ND.dtype
-  gate_DF, up_DF, down_FD = _cast(params, dtype)
-  # y = r s, s = (mean r^2 + eps)^(-1/2): dr = s (g - y mean(g y)).
-  g_ND, y_ND = g_ND.astype(jnp.float32), y_ND.astype(jnp.float32)
-  mean_N1 = (g_ND * y_ND).mean(1, keepdims=True)
-  dr_ND = (scale_N[:, None] * (g_ND - y_ND * mean_N1)).astype(dtype)
+  gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
+  dr_ND = _norm_backward(y_ND, scale_N, g_ND)
   weights = gate_DF, up_DF, down_FD
   if tiles.wide:
     dgate_up_N2F, hidden_NF = wide_product.gated_backward(

@@ -2,8 +2,11 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
+from recursive_weights import interfaces
+from recursive_weights.models import trm
 from recursive_weights.models.kernels import halves
 from recursive_weights.models.layers import trm_block
 
@@ -33,6 +36,36 @@ def test_sizes_that_do_not_fit_run_plain():
   chex.assert_trees_all_equal(
     trm_block.apply(params, x_TBD, halves=fused),
     trm_block.apply(params, x_TBD),
+  )
+
+
+def test_model_of_fused_halves_has_the_gradient_of_the_plain_model():
+  spec = interfaces.Spec(
+    inputs=jax.ShapeDtypeStruct((16,), jnp.int32),
+    answer=(16,),
+    classes=4,
+    sizes={},
+  )
+  inputs_BT = jax.random.randint(jax.random.key(1), (2, 16), 0, 4)
+
+  def gradient(fused):
+    model = trm.make(
+      spec, width=32, cycles=2, inner=1, layers=1, multiple=16, fused=fused
+    )
+    params = model.init(jax.random.key(0), inputs_BT)
+    carry = model.carry(params, 2)
+
+    def loss(params):
+      outputs, _ = model.apply(params, carry, inputs_BT, train=True)
+      return (outputs['logits'] ** 2).mean() + outputs['halt'].mean()
+
+    return jax.jit(jax.grad(loss))(params)
+
+  chex.assert_trees_all_close(
+    gradient(halves.make(True, interpret=True)),
+    gradient(False),
+    rtol=1e-4,
+    atol=1e-5,
   )
 
 

@@ -1,0 +1,234 @@
+"""What the chunked scans of matrix states share: layout, checks, commits.
+
+Inside, arrays are `[chunks, B, G, R, C, K]`: G heads of queries and keys, each
+of which serves R heads of values, H = G R.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from recursive_weights.interfaces import Array
+from recursive_weights.scans import decay
+
+ALGORITHMS = ('chunked', 'recurrent')
+
+
+class Pending(NamedTuple):
+  """A prefill whose tokens are not yet accepted: what `commit` needs.
+
+  state_BHKV at the start of each chunk, the keys, what they wrote, the log
+  decays, the resets and the state that resets bring in, in chunks.
+  """
+
+  starts: Array
+  k: Array
+  written: Array
+  log_decay: Array
+  resets: Array
+  fresh: Array | None
+
+
+class Inputs(NamedTuple):
+  """Checked inputs: masked, decays `[B, T, H, K or 1]`, state float32."""
+
+  q_BTGK: Array
+  k_BTGK: Array
+  v_BTHV: Array
+  log_decay_BTHK: Array
+  beta_BTH: Array
+  state_BHKV: Array
+  fresh_BHKV: Array | None
+  resets_BT: Array
+
+
+def prepare(
+  q_BTGK: Array,
+  k_BTGK: Array,
+  v_BTHV: Array,
+  log_decay: Array,
+  beta_BTH: Array | None,
+  state: Array | None,
+  fresh: Array | None,
+  resets: Array | None,
+  mask: Array | None,
+) -> Inputs:
+  """Checks shapes, fills defaults, takes masked tokens out."""
+  if q_BTGK.ndim != 4 or q_BTGK.shape != k_BTGK.shape or v_BTHV.ndim != 4:
+    raise ValueError(
+      'q and k must be [B, T, G, K] and v [B, T, H, V], got '
+      f'{q_BTGK.shape}, {k_BTGK.shape} and {v_BTHV.shape}'
+    )
+  batch, length, groups, keys = q_BTGK.shape
+  heads, values = v_BTHV.shape[2:]
+  if v_BTHV.shape[:2] != (batch, length) or heads % groups:
+    raise ValueError(
+      f'v must be [{batch}, {length}, H, V] with H a multiple of the '
+      f'{groups} heads of q and k, got {v_BTHV.shape}'
+    )
+  if log_decay.ndim == 3:
+    log_decay = log_decay[..., None]
+  if log_decay.shape not in [
+    (batch, length, heads, width) for width in (1, keys)
+  ]:
+    raise ValueError(
+      f'log_decay must be [{batch}, {length}, {heads}] or with a last axis '
+      f'of {keys}, got {log_decay.shape}'
+    )
+  if beta_BTH is None:
+    beta_BTH = jnp.ones((batch, length, heads), jnp.float32)
+  if beta_BTH.shape != (batch, length, heads):
+    raise ValueError(
+      f'beta must be {(batch, length, heads)}, got {beta_BTH.shape}'
+    )
+  log_decay = log_decay.astype(jnp.float32)
+  beta_BTH = beta_BTH.astype(jnp.float32)
+  resets_BT = flags('resets', resets, (batch, length), False)
+  if mask is not None:
+    mask = flags('mask', mask, (batch, length), True)
+    resets_BT &= mask
+    q_BTGK, k_BTGK, v_BTHV, log_decay = (
+      jnp.where(mask[:, :, None, None], x, jnp.zeros([], x.dtype))
+      for x in (q_BTGK, k_BTGK, v_BTHV, log_decay)
+    )
+    beta_BTH = jnp.where(mask[:, :, None], beta_BTH, 0.0)
+  state, fresh = states(state, fresh, (batch, heads, keys, values))
+  return Inputs(
+    q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state, fresh, resets_BT
+  )
+
+
+def flags(
+  name: str, given: Array | None, shape: tuple[int, ...], default: bool
+) -> Array:
+  if given is None:
+    return jnp.full(shape, default)
+  if given.shape != shape or given.dtype != jnp.bool_:
+    raise ValueError(
+      f'{name} must be bool {shape}, got {given.dtype} {given.shape}'
+    )
+  return given
+
+
+def states(
+  state: Array | None, fresh: Array | None, shape: tuple[int, ...]
+) -> tuple[Array, Array | None]:
+  """The state to start from and the one of resets, float32 of this shape."""
+  if fresh is not None:
+    if fresh.shape not in (shape, shape[1:]):
+      raise ValueError(
+        f'fresh must be {shape} or {shape[1:]}, got {fresh.shape}'
+      )
+    if fresh.ndim < len(shape):
+      fresh = fresh[None]
+    fresh = jnp.broadcast_to(fresh.astype(jnp.float32), shape)
+  if state is None:
+    state = jnp.zeros(shape, jnp.float32) if fresh is None else fresh
+  if state.shape != shape:
+    raise ValueError(f'state must be {shape}, got {state.shape}')
+  return state.astype(jnp.float32), fresh
+
+
+def choose(algorithm: str, chunk: int, length: int) -> int:
+  """The chunk to use for T tokens: no longer than they need."""
+  if algorithm not in ALGORITHMS:
+    raise ValueError(f'algorithm must be in {ALGORITHMS}, got {algorithm!r}')
+  if chunk < 2 or chunk & (chunk - 1):
+    raise ValueError(f'chunk must be a power of two > 1, got {chunk}')
+  return min(chunk, 1 << max(length - 1, 1).bit_length())
+
+
+def split(x: Array, chunk: int, groups: int) -> Array:
+  """`[B, T, H, K]` to `[chunks, B, G, R, C, K]`, padded with zeros."""
+  batch, length, heads, width = x.shape
+  count = max(1, -(-length // chunk))
+  x = jnp.pad(x, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
+  x = x.reshape(batch, count, chunk, groups, heads // groups, width)
+  return x.transpose(1, 0, 3, 4, 2, 5)
+
+
+def split_flags(x_BT: Array, chunk: int) -> Array:
+  """bool `[B, T]` to `[chunks, B, 1, 1, C]`."""
+  return split(x_BT[:, :, None, None], chunk, 1)[..., 0]
+
+
+def join(y: Array, length: int) -> Array:
+  """The inverse of `split`."""
+  count, batch, groups, repeats, chunk, width = y.shape
+  y = y.transpose(1, 0, 4, 2, 3, 5)
+  y = y.reshape(batch, count * chunk, groups * repeats, width)
+  return y[:, :length]
+
+
+def grouped(state_BHKV: Array | None, groups: int) -> Array | None:
+  if state_BHKV is None:
+    return None
+  batch, heads, *rest = state_BHKV.shape
+  return state_BHKV.reshape(batch, groups, heads // groups, *rest)
+
+
+def ungrouped(state: Array) -> Array:
+  batch, groups, repeats, *rest = state.shape
+  return state.reshape(batch, groups * repeats, *rest)
+
+
+def per_head(x_BGK: Array, heads: int) -> Array:
+  """Each group's row for every head that it serves, float32."""
+  repeats = heads // x_BGK.shape[-2]
+  return jnp.repeat(x_BGK, repeats, axis=-2).astype(jnp.float32)
+
+
+def commit(pending: Pending, length_B: Array) -> Array:
+  """The state after the first `length_B` tokens of a prefill, without a rerun.
+
+  S_b = diag(exp sum_(m<=b) g_m) S_0
+      + sum_(j<=b) diag(exp sum_(j<m<=b) g_m) k_j u_j^T,
+
+  over the tokens of one chunk, S_0 the state at its start and u_j what token
+  j wrote: its value, or its correction in the delta rule.
+
+  Args:
+    pending: from `prefill`.
+    length_B: int `[B]` in [0, T]; rows may differ.
+
+  Returns:
+    float32 `[B, H, K, V]`.
+  """
+  chunk = pending.k.shape[-2]
+  index_B, on_BC = locate(pending.starts, chunk, length_B)
+  rows_B = jnp.arange(index_B.shape[0])
+  state, k, written, log_decay, resets = (
+    x[index_B, rows_B] for x in pending[:-1]
+  )
+  on = on_BC[:, None, None, :]
+  k = jnp.where(on[..., None], k, jnp.zeros([], k.dtype))
+  factors = decay.anchors(
+    jnp.where(on[..., None], log_decay, 0.0),
+    resets & on,
+    fresh=pending.fresh is not None,
+  )
+  state = factors.whole_K[..., None] * state + jnp.einsum(
+    '...ck,...cv->...kv',
+    k.astype(jnp.float32) * factors.write_CK,
+    written.astype(jnp.float32),
+    precision='highest',
+  )
+  if pending.fresh is not None and factors.fresh_whole_K is not None:
+    state = state + factors.fresh_whole_K[..., None] * pending.fresh
+  return ungrouped(state)
+
+
+def locate(starts: Array, chunk: int, length_B: Array) -> tuple[Array, Array]:
+  """The chunk in which a length ends, and its tokens that count."""
+  index_B = jnp.clip((length_B - 1) // chunk, 0, starts.shape[0] - 1)
+  rest_B = length_B - index_B * chunk
+  return index_B, jnp.arange(chunk)[None] < rest_B[:, None]
+
+
+def restart(state: Array, fresh: Array | None, resets: Array | None) -> Array:
+  """The state with `fresh` in the rows that `resets` names."""
+  state, fresh = states(state, fresh, state.shape)
+  if resets is None:
+    return state
+  resets = resets.reshape(-1, *([1] * (state.ndim - 1)))
+  return jnp.where(resets, 0.0 if fresh is None else fresh, state)

@@ -93,7 +93,7 @@ def get_config(variant=None):
   config.optimizer.groups.all.weight_decay = 0.3
   config.training.update(
     steps=6000,
-    batch_size=64,
+    batch_size=128,
     steps_per_dispatch=50,
     ema_decay=0.995,
     report_every=50,
@@ -110,7 +110,7 @@ def get_config(variant=None):
     config.task.length = 16
     config.model.update(width=256, ticks=20, unrolled=5, dropout=0.0)
     config.optimizer.groups.all.weight_decay = 0.1
-    config.training.steps = 20000
+    config.training.update(steps=20000, batch_size=64)
   if 'deep' in chosen:
     config.model.nlm.layers = 2
     if 'narrow' in chosen:  # as many parameters as the derived model has
@@ -134,7 +134,7 @@ def get_config(variant=None):
     config.optimizer.learning_rate = 1e-4
     config.optimizer.groups.all.weight_decay = 0.0
     config.optimizer.schedule.warmup_steps = 500
-    config.training.steps = 200_000
+    config.training.update(steps=200_000, batch_size=64)
   derivations.derive(config, chosen, default='polynomial')
   if 'smoke' in chosen:
     config.task.update(length=6, eval_size=64)

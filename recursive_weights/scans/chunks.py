@@ -6,9 +6,10 @@ of which serves R heads of values, H = G R.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from recursive_weights.interfaces import Array
+from recursive_weights.interfaces import Array, Tree
 from recursive_weights.scans import decay
 
 ALGORITHMS = ('chunked', 'recurrent')
@@ -160,11 +161,13 @@ def join(y: Array, length: int) -> Array:
   return y[:, :length]
 
 
-def grouped(state_BHKV: Array | None, groups: int) -> Array | None:
-  if state_BHKV is None:
-    return None
-  batch, heads, *rest = state_BHKV.shape
-  return state_BHKV.reshape(batch, groups, heads // groups, *rest)
+def grouped(states: Tree, groups: int) -> Tree:
+  """Every `[B, H, ...]` of a tree, which may be None, as `[B, G, R, ...]`."""
+
+  def one(x):
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+
+  return jax.tree.map(one, states)
 
 
 def ungrouped(state: Array) -> Array:
@@ -213,7 +216,7 @@ def commit(pending: Pending, length_B: Array) -> Array:
     written.astype(jnp.float32),
     precision='highest',
   )
-  if pending.fresh is not None and factors.fresh_whole_K is not None:
+  if pending.fresh is not None:
     state = state + factors.fresh_whole_K[..., None] * pending.fresh
   return ungrouped(state)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from recursive_weights.interfaces import Array
+from recursive_weights.interfaces import Array, Tree
 
 
 class Anchors(NamedTuple):
@@ -39,8 +39,8 @@ class Anchors(NamedTuple):
   read_CK: Array
   write_CK: Array
   whole_K: Array
-  fresh_read_CK: Array | None = None
-  fresh_whole_K: Array | None = None
+  fresh_read_CK: Tree = None
+  fresh_whole_K: Tree = None
 
 
 def anchors(
@@ -89,9 +89,7 @@ def anchors(
     prefix = jnp.concatenate([before, before[..., -1:, :] + after], axis=-2)
     size *= 2
   prefix_CK, suffix_CK, born_CK = (
-    prefix[..., 0, :, :],
-    suffix[..., 0, :, :],
-    (born[..., 0, :, :]),
+    x[..., 0, :, :] for x in (prefix, suffix, born)
   )
   fresh_read_CK = born_CK
   if exclusive:
@@ -177,7 +175,7 @@ def inverse(below: list[Array], *, precision='highest') -> Array:
   lead, pairs = first.shape[:-3], first.shape[-3]
   matrix = jnp.ones((*lead, 2 * pairs, 1, 1), jnp.float32)
   for block in below:
-    before, after = _pairs(matrix)
+    before, after = _halves(matrix)
     middle = jnp.matmul(block, before, precision=precision)
     matrix = _join(matrix, -jnp.matmul(after, middle, precision=precision))
   return matrix[..., 0, :, :]
@@ -207,9 +205,6 @@ def _blocks(x_CK: Array, size: int) -> Array:
 def _halves(blocks: Array) -> tuple[Array, Array]:
   """Of neighbouring blocks `[..., blocks, s, K]`, the earlier and the later."""
   return blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
-
-
-_pairs = _halves
 
 
 def _join(matrix: Array, below: Array) -> Array:

@@ -86,10 +86,10 @@ def scan(
     *(given.q_BTGK, given.k_BTGK, given.v_BTHV),
     *(given.log_decay_BTHK, given.beta_BTH, given.resets_BT),
   )
-  state, y = jax.lax.scan(
+  last, y = jax.lax.scan(
     body, given.state_BHKV, tuple(jnp.moveaxis(x, 1, 0) for x in tokens)
   )
-  return jnp.moveaxis(y, 0, 1), state
+  return jnp.moveaxis(y, 0, 1), last
 
 
 def prefill(

@@ -14,7 +14,7 @@ Efficient Algorithms Through Structured State Space Duality'.
 import jax.numpy as jnp
 
 from recursive_weights.interfaces import Array
-from recursive_weights.scans import linear_attention
+from recursive_weights.scans import chunks, linear_attention
 from recursive_weights.scans.linear_attention import Pending, commit
 
 __all__ = ['Pending', 'commit', 'prefill', 'scan', 'step']
@@ -54,7 +54,7 @@ def scan(
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
   return linear_attention.scan(
-    *_inputs(x_BTHV, dt_BTH, a_H, b_BTGN, c_BTGN),
+    *_inputs(x_BTHV, dt_BTH, a_H, b_BTGN, c_BTGN, mask),
     state=state,
     fresh=fresh,
     resets=resets,
@@ -81,7 +81,7 @@ def prefill(
 ) -> tuple[Array, Pending]:
   """As `scan`, chunked; `commit(pending, length_B)` gives the states."""
   return linear_attention.prefill(
-    *_inputs(x_BTHV, dt_BTH, a_H, b_BTGN, c_BTGN),
+    *_inputs(x_BTHV, dt_BTH, a_H, b_BTGN, c_BTGN, mask),
     state=state,
     fresh=fresh,
     resets=resets,
@@ -109,13 +109,18 @@ def step(
   return linear_attention.step(state, *inputs, resets=resets, fresh=fresh)
 
 
-def _inputs(x_BTHV, dt_BTH, a_H, b_BTGN, c_BTGN):
+def _inputs(x_BTHV, dt_BTH, a_H, b_BTGN, c_BTGN, mask=None):
   if dt_BTH.shape != x_BTHV.shape[:3] or a_H.shape != x_BTHV.shape[2:3]:
     raise ValueError(
       f'dt must be {x_BTHV.shape[:3]} and A {x_BTHV.shape[2:3]}, '
       f'got {dt_BTH.shape} and {a_H.shape}'
     )
   dt_BTH = dt_BTH.astype(jnp.float32)
+  if mask is not None:
+    # Before the product: what a masked token holds may not be a number.
+    mask = chunks.flags('mask', mask, x_BTHV.shape[:2], True)
+    dt_BTH = jnp.where(mask[..., None], dt_BTH, 0.0)
+    x_BTHV = jnp.where(mask[..., None, None], x_BTHV, 0)
   values = (dt_BTH[..., None] * x_BTHV).astype(x_BTHV.dtype)
   log_decay_BTH = dt_BTH * a_H.astype(jnp.float32)[None, None]
   return c_BTGN, b_BTGN, values, log_decay_BTH

@@ -1,0 +1,167 @@
+"""Time and memory of the scans over time, forward and with their backward.
+
+  python -m recursive_weights.benchmarks.scans --kernel kimi_delta --length 4096
+
+prints one JSON line a kernel and algorithm: random inputs, gates near those of
+trained models, times of calls each waited for.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from recursive_weights.scans import (
+  chunks,
+  delta_rule,
+  linear_attention,
+  selective,
+  ssd,
+)
+
+KERNELS = (
+  'gated_linear',
+  'rwkv6',
+  'gated_delta',
+  'kimi_delta',
+  'ssd',
+  'selective',
+)
+
+
+def build(kernel: str, size: argparse.Namespace, dtype: str):
+  """`(scan, inputs)` of a kernel, whose inputs all have gradients."""
+  b, t, h, k, v = (
+    size.batch,
+    size.length,
+    size.heads,
+    size.key_width,
+    size.value_width,
+  )
+  keys = iter(jax.random.split(jax.random.key(0), 8))
+
+  def normal(*shape):
+    return jax.random.normal(next(keys), shape)
+
+  def gates(*shape):
+    return -size.gate * jax.random.exponential(next(keys), shape)
+
+  def narrow(*arrays):
+    return [x.astype(dtype) for x in arrays]
+
+  if kernel in ('ssd', 'selective'):
+    if kernel == 'ssd':
+      x, dt, a = normal(b, t, h, v), -gates(b, t, h), -jnp.ones(h)
+      maps = (normal(b, t, size.groups, k), normal(b, t, size.groups, k))
+    else:
+      x, dt, a = normal(b, t, h * v), -gates(b, t, h * v), -jnp.ones((h * v, k))
+      maps = (normal(b, t, k), normal(b, t, k))
+    module = ssd if kernel == 'ssd' else selective
+    return module.scan, [*narrow(x), dt, a, *narrow(*maps)]
+  q, key, value = normal(b, t, h, k), normal(b, t, h, k), normal(b, t, h, v)
+  q, key = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, key))
+  rows = narrow(q, key, value)
+  if kernel == 'gated_linear':
+    return linear_attention.scan, [*rows, gates(b, t, h, k)]
+  if kernel == 'rwkv6':
+
+    def rwkv6(q, k, v, log_decay, bonus, **kwargs):
+      return linear_attention.scan(q, k, v, log_decay, bonus_HK=bonus, **kwargs)
+
+    return rwkv6, [*rows, gates(b, t, h, k), normal(h, k)]
+  decays = gates(b, t, h) if kernel == 'gated_delta' else gates(b, t, h, k)
+  return delta_rule.scan, [*rows, decays, jax.nn.sigmoid(normal(b, t, h))]
+
+
+def measure(function, inputs: list, repeats: int) -> dict:
+  """Median time of a call, and the memory that the compiler plans."""
+  started = time.perf_counter()
+  compiled = jax.jit(function).lower(*inputs).compile()
+  compile_s = time.perf_counter() - started
+  times = []
+  for _ in range(2 + repeats):
+    started = time.perf_counter()
+    jax.block_until_ready(compiled(*inputs))
+    times.append(1e3 * (time.perf_counter() - started))
+  memory = compiled.memory_analysis()
+  return {
+    'ms': round(statistics.median(times[2:]), 3),
+    'ms_min': round(min(times[2:]), 3),
+    'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
+    'compile_s': round(compile_s, 1),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    '--kernel', nargs='+', default=list(KERNELS), choices=KERNELS
+  )
+  parser.add_argument(
+    '--algorithm',
+    nargs='+',
+    default=list(chunks.ALGORITHMS),
+    choices=chunks.ALGORITHMS,
+  )
+  parser.add_argument('--chunk', type=int, nargs='+', default=[64])
+  parser.add_argument('--dtype', nargs='+', default=['float32'])
+  parser.add_argument('--batch', type=int, default=1)
+  parser.add_argument('--length', type=int, default=1024)
+  parser.add_argument('--heads', type=int, default=4)
+  parser.add_argument(
+    '--groups', type=int, default=1, help='of input and output maps of ssd'
+  )
+  parser.add_argument(
+    '--key_width', type=int, default=128, help='entries a channel of selective'
+  )
+  parser.add_argument('--value_width', type=int, default=128)
+  parser.add_argument(
+    '--gate', type=float, default=0.05, help='mean of minus the log decay'
+  )
+  parser.add_argument('--precision', default='highest')
+  parser.add_argument('--repeats', type=int, default=10)
+  flags = parser.parse_args()
+  grid = itertools.product(
+    flags.kernel, flags.dtype, flags.algorithm, flags.chunk
+  )
+  for kernel, dtype, algorithm, chunk in grid:
+    scan, inputs = build(kernel, flags, dtype)
+    options = {'algorithm': algorithm, 'chunk': chunk}
+    if kernel != 'selective':
+      options['precision'] = flags.precision
+    forward = functools.partial(scan, **options)
+
+    def total(inputs, forward=forward):
+      y, state = forward(*inputs)
+      return y.astype(jnp.float32).sum() + state.sum()
+
+    line = {
+      'kernel': kernel,
+      'algorithm': algorithm,
+      'chunk': chunk,
+      'dtype': dtype,
+      'batch': flags.batch,
+      'length': flags.length,
+      'heads': flags.heads,
+      'key_width': flags.key_width,
+      'value_width': flags.value_width,
+      'device': jax.devices()[0].device_kind,
+      'jax': jax.__version__,
+    }
+    cases = {
+      'forward': (forward, inputs),
+      'forward_backward': (jax.value_and_grad(total), [inputs]),
+    }
+    for name, (function, arguments) in cases.items():
+      found = measure(function, arguments, flags.repeats)
+      line |= {f'{name}_{key}': value for key, value in found.items()}
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == '__main__':
+  main()

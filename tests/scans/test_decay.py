@@ -1,0 +1,125 @@
+"""Dyadic decays are the products they stand for, for gates of any strength."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recursive_weights.scans import decay
+
+C, K = 8, 3
+
+
+def given(strength, width=K):
+  stream = np.random.default_rng(0)
+  gates_CK = -stream.exponential(strength, (C, width))
+  resets_C = np.zeros(C, bool)
+  resets_C[[3, 5]] = True
+  return gates_CK, resets_C
+
+
+def between(gates_CK, resets_C, first, last):
+  """exp(g_first + ... + g_last), 0 across a reset, 1 for no token."""
+  rows = slice(first, last + 1)
+  return np.exp(gates_CK[rows].sum(0)) * (not resets_C[rows].any())
+
+
+def matrix(gates_CK, resets_C, exclusive):
+  """What reader i keeps of writer j < i, `[C, C, K]`."""
+  whole = np.zeros((C, C, gates_CK.shape[1]))
+  for i in range(C):
+    for j in range(i):
+      last = i - 1 if exclusive else i
+      whole[i, j] = between(gates_CK, resets_C, j + 1, last)
+      whole[i, j] *= not resets_C[i]
+  return whole
+
+
+@pytest.mark.parametrize('width', [1, K])
+@pytest.mark.parametrize('exclusive', [False, True])
+@pytest.mark.parametrize('strength', [1e-3, 1.0, 20.0, 1e4])
+def test_scores_are_sums_over_keys(width, exclusive, strength):
+  gates_CK, resets_C = given(strength, width)
+  stream = np.random.default_rng(1)
+  q_CK, k_CK = stream.normal(size=(2, C, K))
+  diagonal_C = stream.normal(size=C)
+  kept_CCK = matrix(gates_CK, resets_C, exclusive)
+  expected = (q_CK[:, None] * k_CK[None] * kept_CCK).sum(-1)
+  expected += np.diag(diagonal_C)
+  factors = decay.anchors(
+    jnp.asarray(gates_CK, jnp.float32),
+    jnp.asarray(resets_C),
+    exclusive=exclusive,
+  )
+  actual = decay.scores(
+    jnp.asarray(q_CK, jnp.float32),
+    jnp.asarray(k_CK, jnp.float32),
+    factors,
+    jnp.asarray(diagonal_C, jnp.float32),
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('exclusive', [False, True])
+def test_ends_of_a_chunk(exclusive):
+  gates_CK, resets_C = given(0.3)
+  factors = decay.anchors(
+    jnp.asarray(gates_CK, jnp.float32),
+    jnp.asarray(resets_C),
+    exclusive=exclusive,
+    fresh=True,
+  )
+  read, fresh_read = np.zeros((C, K)), np.zeros((C, K))
+  for i in range(C):
+    last = i - 1 if exclusive else i
+    read[i] = between(gates_CK, resets_C, 0, last) * (not resets_C[i])
+    starts = np.flatnonzero(resets_C[: i + 1])
+    if starts.size:
+      fresh_read[i] = np.exp(gates_CK[starts[-1] : last + 1].sum(0))
+  write = np.stack([between(gates_CK, resets_C, j + 1, C) for j in range(C)])
+  for actual, expected in (
+    (factors.read_CK, read),
+    (factors.write_CK, write),
+    (factors.whole_K, between(gates_CK, resets_C, 0, C)),
+    (factors.fresh_read_CK, fresh_read),
+    (factors.fresh_whole_K, np.exp(gates_CK[5:].sum(0))),
+  ):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_inverse_of_a_unit_triangle():
+  stream = np.random.default_rng(2)
+  q_CK, k_CK = stream.normal(size=(2, C, K))
+  gates_CK, resets_C = given(0.1)
+  factors = decay.anchors(
+    jnp.asarray(gates_CK, jnp.float32), jnp.asarray(resets_C)
+  )
+  below = decay.blocks(
+    jnp.asarray(q_CK, jnp.float32), jnp.asarray(k_CK, jnp.float32), factors
+  )
+  lower_CC = decay.assemble(jnp.zeros(C), below)
+  expected = np.linalg.inv(np.eye(C) + np.asarray(lower_CC, np.float64))
+  np.testing.assert_allclose(
+    decay.inverse(below), expected, rtol=1e-4, atol=1e-4
+  )
+
+
+def test_a_gate_of_minus_infinity_is_a_reset():
+  """Forward and backward, beside gates whose inverse would overflow."""
+  gates_CK, resets_C = given(1e4)
+
+  def total(gates_CK, resets_C):
+    factors = decay.anchors(gates_CK, resets_C)
+    ones_CK = jnp.ones((C, K))
+    return decay.scores(ones_CK, ones_CK, factors, jnp.ones(C)).sum()
+
+  told = jnp.asarray(resets_C)
+  gates_CK = jnp.asarray(gates_CK, jnp.float32)
+  silent = jnp.where(told[:, None], -jnp.inf, gates_CK)
+  for gates, resets in ((gates_CK, told), (silent, jnp.zeros_like(told))):
+    slope = jax.grad(total)(gates, resets)
+    assert np.isfinite(slope).all()
+    assert not np.any(np.asarray(slope)[resets_C])
+  np.testing.assert_array_equal(
+    total(gates_CK, told), total(silent, jnp.zeros_like(told))
+  )

@@ -8,7 +8,10 @@ W2 = T(contract(W1)).
 
   python train.py --config=configs/ctm_parity.py --workdir=runs/ctm_parity
 
-@@P12@@
+took 12 minutes on one core of a busy machine (9 steps a second) and solves .995
+of whole held-out sequences with each of the seeds 0, 1 and 2 (203 of 204 of 12
+bits), and .999 of bits. By tick (seed 0): .015 at 10, .044 at 12, .363 at 14,
+.966 at 16, .995 from 17 on.
 
   python train.py --config=configs/ctm_parity.py:bits16,polynomial \
       --config.num_seeds=3 --workdir=runs/bits16

@@ -1,0 +1,238 @@
+"""What a basis is compared with: the same clusters, other members' weights.
+
+Each returns `w_EDV`, so a member predicts `q W_i` as with a basis.
+"""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.sparse.linalg import cg
+
+from recursive_weights.basis.clusters import Clusters
+from recursive_weights.basis.objective import einsum, laplacian
+from recursive_weights.interfaces import Array, UserError
+
+Kernel = Literal['gaussian', 'laplacian', 'matern32', 'matern52']
+_TINY = 1e-9
+
+
+def identity(clusters: Clusters) -> Array:
+  """`W_i = I`: no training, the answer nearest to the question itself.
+
+  Raises:
+    UserError: questions and answers differ in size.
+  """
+  width, values = clusters.q_ETD.shape[-1], clusters.a_ETV.shape[-1]
+  if width != values:
+    raise UserError(
+      f'the identity needs answers of the size of questions, {width}, got '
+      f'{values}'
+    )
+  return _repeat(clusters, jnp.eye(width))
+
+
+def shared(clusters: Clusters, *, ridge: float = 1e-4) -> Array:
+  """`W = (Σ w qᵀq + ridge I)^-1 Σ w qᵀa`, one for all members. D² weights.
+
+  Raises:
+    UserError: ridge <= 0.
+  """
+  _positive(ridge=ridge)
+  q_ETD, a_ETV, weight_ET = clusters
+  gram_DD = einsum('etd,et,etf->df', q_ETD, weight_ET, q_ETD)
+  cross_DV = einsum('etd,et,etv->dv', q_ETD, weight_ET, a_ETV)
+  system = gram_DD + ridge * jnp.eye(gram_DD.shape[0])
+  return _repeat(clusters, cho_solve(cho_factor(system), cross_DV))
+
+
+def independent(clusters: Clusters, *, ridge: float = 0.0) -> Array:
+  """`W_i = argmin Σ_t w |q W - a|² + ridge |W|²`, each member for itself.
+
+  `ridge = 0` is the pseudo-inverse: of all solutions, that of least norm.
+  E D² weights.
+
+  Raises:
+    UserError: ridge < 0.
+  """
+  q_ETD, z_ETV = dual(clusters, ridge)
+  return einsum('etd,etv->edv', q_ETD, z_ETV)
+
+
+def dual(clusters: Clusters, ridge: float) -> tuple[Array, Array]:
+  """`(q, z)` with `qᵀ z` the members' ridge solutions: `E T (D + V)` numbers.
+
+  By the T x T system `(√w q qᵀ √w + ridge I)`, cheap where questions are few;
+  its eigenvalues below 1e-6 of the largest count as 0 where ridge is 0.
+
+  Raises:
+    UserError: ridge < 0.
+  """
+  if ridge < 0:
+    raise UserError(f'ridge must be >= 0, got {ridge}')
+  root_ET = jnp.sqrt(clusters.weight_ET)
+  x_ETD = root_ET[..., None] * clusters.q_ETD
+  y_ETV = root_ET[..., None] * clusters.a_ETV
+  value_ET, vector_ETT = jnp.linalg.eigh(einsum('etd,esd->ets', x_ETD, x_ETD))
+  value_ET = jnp.maximum(value_ET, 0)
+  keep_ET = value_ET > 1e-6 * value_ET[:, -1:]
+  inverse_ET = 1 / jnp.where(keep_ET, value_ET + ridge, 1)
+  inverse_ET = jnp.where(keep_ET, inverse_ET, 0)
+  z_ETV = einsum(
+    'ets,es,eus,euv->etv', vector_ETT, inverse_ET, vector_ETT, y_ETV
+  )
+  # A row's weight is in z once more, so that rows of weight 0 add nothing.
+  return clusters.q_ETD, root_ET[..., None] * z_ETV
+
+
+def procrustes(clusters: Clusters) -> Array:
+  """The least turn of a member's mean question onto its mean answer.
+
+    W = s (I + K + K² / (1 + u·v)),  K = uᵀv - vᵀu,  s = |ā| / |q̄|
+
+  with u, v the directions of q̄, ā: a rotation in their plane, the identity
+  across it. Opposite directions have no least turn: `u W = s v` may fail.
+
+  Source: UnifyWeaver, minimal transform.
+
+  Raises:
+    UserError: questions and answers differ in size.
+  """
+  eye_EDD = identity(clusters)
+  q_ED, q_E = _direction(_mean(clusters, clusters.q_ETD))
+  a_ED, a_E = _direction(_mean(clusters, clusters.a_ETV))
+  turn_EDF = einsum('ed,ef->edf', q_ED, a_ED) - einsum('ed,ef->edf', a_ED, q_ED)
+  align_E = jnp.sum(q_ED * a_ED, -1)
+  share_E = 1 / jnp.maximum(1 + align_E, 1e-6)
+  twice_EDF = einsum('edf,efg->edg', turn_EDF, turn_EDF)
+  w_EDV = eye_EDD + turn_EDF + share_E[:, None, None] * twice_EDF
+  return (a_E / jnp.maximum(q_E, _TINY))[:, None, None] * w_EDV
+
+
+def graph_laplacian(
+  clusters: Clusters,
+  similarity_EE: Array,
+  *,
+  strength: float = 0.1,
+  ridge: float = 1e-4,
+  iterations: int = 200,
+  tolerance: float = 1e-6,
+) -> Array:
+  """Members coupled by a graph, with no basis.
+
+    min Σ_it w |q W_i - a|² + strength Σ_ij S_ij |W_i - W_j|² / 2 + ridge |W|²
+
+  = `+ strength tr Wᵀ L W`, by conjugate gradients on all members' weights.
+
+  Source: UnifyWeaver, smoothness regularisation ('unified').
+
+  Raises:
+    UserError: strength < 0, ridge <= 0, or S not square.
+  """
+  _positive(ridge=ridge)
+  if strength < 0:
+    raise UserError(f'strength must be >= 0, got {strength}')
+  q_ETD, a_ETV, weight_ET = clusters
+  graph_EE = laplacian(similarity_EE)
+  cross_EDV = einsum('etd,et,etv->edv', q_ETD, weight_ET, a_ETV)
+
+  def apply(w_EDV):
+    p_ETV = einsum('etd,edv->etv', q_ETD, w_EDV)
+    data_EDV = einsum('etd,et,etv->edv', q_ETD, weight_ET, p_ETV)
+    pull_EDV = einsum('ef,fdv->edv', graph_EE, w_EDV)
+    return data_EDV + strength * pull_EDV + ridge * w_EDV
+
+  square_ED = einsum('et,etd->ed', weight_ET, q_ETD**2)
+  degree_E1 = jnp.diagonal(graph_EE)[:, None]
+  diagonal_ED = square_ED + strength * degree_E1 + ridge
+  return cg(
+    apply,
+    cross_EDV,
+    tol=tolerance,
+    maxiter=iterations,
+    M=lambda x_EDV: x_EDV / diagonal_ED[..., None],
+  )[0]
+
+
+def kernel(
+  clusters: Clusters,
+  w_EDV: Array,
+  *,
+  length: float = 0.5,
+  kind: Kernel = 'matern52',
+) -> Array:
+  """Members' weights averaged over neighbours, `Σ_j K_ij W_j / Σ_j K_ij`.
+
+  K falls with the distance r of mean questions: 'gaussian' `exp(-r²/2l²)`,
+  'laplacian' `exp(-r/l)`, 'matern32' `(1 + s) e^-s`, s = √3 r/l, 'matern52'
+  `(1 + s + s²/3) e^-s`, s = √5 r/l. Members without questions count nothing.
+
+  Raises:
+    UserError: length <= 0 or an unknown kernel.
+  """
+  _positive(length=length)
+  mean_ED = _mean(clusters, clusters.q_ETD)
+  # By differences: a product of matrices would lose the distance of neighbours.
+  square_E = jnp.sum(mean_ED**2, -1)
+  cross_EE = einsum('ed,fd->ef', mean_ED, mean_ED)
+  r_EE = square_E[:, None] + square_E[None, :] - 2 * cross_EE
+  r_EE = jnp.sqrt(jnp.maximum(r_EE, 0)) * (1 - jnp.eye(r_EE.shape[0])) / length
+  three, five = 3**0.5 * r_EE, 5**0.5 * r_EE
+  forms = {
+    'gaussian': jnp.exp(-0.5 * r_EE**2),
+    'laplacian': jnp.exp(-r_EE),
+    'matern32': (1 + three) * jnp.exp(-three),
+    'matern52': (1 + five + five**2 / 3) * jnp.exp(-five),
+  }
+  if kind not in forms:
+    raise UserError(f'kind must be one of {", ".join(forms)}, got {kind!r}')
+  has_E = jnp.any(clusters.weight_ET > 0, -1)
+  k_EE = forms[kind] * has_E[None, :]
+  k_EE /= jnp.maximum(k_EE.sum(1, keepdims=True), _TINY)
+  return einsum('ef,fdv->edv', k_EE, w_EDV)
+
+
+def low_rank(
+  clusters: Clusters, w_EDV: Array, *, rank: int = 1, ridge: float = 1.0
+) -> Array:
+  """`W_i = w_i + U_i V_iᵀ` of rank R, the least squares adapter of a weight.
+
+  Reduced-rank ridge regression of what `w_EDV` (say, `shared`) leaves: the
+  ridge solution Δ, projected on the leading right singular vectors of its
+  fitted values `[√w q; √ridge I] Δ`. E R (D + V) weights.
+
+  Source: A. Mukherjee and J. Zhu, Reduced rank ridge regression, 2011.
+
+  Raises:
+    UserError: rank or ridge is not positive.
+  """
+  _positive(rank=rank, ridge=ridge)
+  q_ETD, a_ETV, weight_ET = clusters
+  left_ETV = a_ETV - einsum('etd,edv->etv', q_ETD, w_EDV)
+  rest = Clusters(q_ETD, left_ETV, weight_ET)
+  delta_EDV = independent(rest, ridge=ridge)
+  p_ETV = einsum('etd,edv->etv', q_ETD, delta_EDV)
+  gram_EVV = einsum('etv,et,etu->evu', p_ETV, weight_ET, p_ETV)
+  gram_EVV += ridge * einsum('edv,edu->evu', delta_EDV, delta_EDV)
+  top_EVR = jnp.linalg.eigh(gram_EVV)[1][..., -rank:]
+  return w_EDV + einsum('edv,evr,eur->edu', delta_EDV, top_EVR, top_EVR)
+
+
+def _mean(clusters, x_ETD):
+  total_E = jnp.maximum(clusters.weight_ET.sum(-1), _TINY)
+  return einsum('et,etd->ed', clusters.weight_ET, x_ETD) / total_E[:, None]
+
+
+def _direction(x_ED):
+  norm_E = jnp.sqrt(jnp.sum(x_ED**2, -1))
+  return x_ED / jnp.maximum(norm_E, _TINY)[:, None], norm_E
+
+
+def _repeat(clusters, w_DV):
+  return jnp.broadcast_to(w_DV[None], (clusters.q_ETD.shape[0], *w_DV.shape))
+
+
+def _positive(**values):
+  for name, x in values.items():
+    if x <= 0:
+      raise UserError(f'{name} must be > 0, got {x}')

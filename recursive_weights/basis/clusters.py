@@ -1,0 +1,114 @@
+"""Questions and answers by cluster, padded and masked."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_weights.interfaces import Array, UserError
+
+
+class Clusters(NamedTuple):
+  """E clusters of at most T questions.
+
+  q_ETD: questions, one a row; a row predicts `q W_i`.
+  a_ETV: answers; V = D where both live in one space.
+  weight_ET: how much a row counts; 0 is padding. With weights 1 every question
+    counts the same, with `1 / n_i` every cluster does.
+  """
+
+  q_ETD: Array
+  a_ETV: Array
+  weight_ET: Array
+
+
+def group(q_BD, a_BV, member_B, size: int | None = None) -> Clusters:
+  """Clusters from rows and the number of each row's cluster.
+
+  Args:
+    q_BD, a_BV: embeddings of questions and answers, finite.
+    member_B: integers `0 .. E - 1`; rows of a cluster keep their order.
+    size: E; None for `max(member_B) + 1`.
+
+  Raises:
+    UserError: shapes disagree, a number is not finite, a member is out of
+      range or has no question.
+  """
+  q_BD, a_BV = np.asarray(q_BD, np.float32), np.asarray(a_BV, np.float32)
+  member_B = np.asarray(member_B)
+  if q_BD.ndim != 2 or a_BV.ndim != 2 or member_B.ndim != 1:
+    raise UserError(
+      'q, a and member must be [B, D], [B, V] and [B], got '
+      f'{q_BD.shape}, {a_BV.shape} and {member_B.shape}'
+    )
+  if not len(q_BD) == len(a_BV) == len(member_B) > 0:
+    raise UserError(
+      'q, a and member must have one row a question, at least one, got '
+      f'{len(q_BD)}, {len(a_BV)} and {len(member_B)}'
+    )
+  for name, x in (('q', q_BD), ('a', a_BV)):
+    if bad := np.flatnonzero(~np.isfinite(x).all(-1)).tolist():
+      raise UserError(f'{name} must be finite, got NaN or inf in rows {bad}')
+  size = int(member_B.max()) + 1 if size is None else size
+  if member_B.min() < 0 or member_B.max() >= size:
+    raise UserError(
+      f'member must be in 0 .. {size - 1}, got {member_B.min()} to '
+      f'{member_B.max()}'
+    )
+  count_E = np.bincount(member_B, minlength=size)
+  if empty := np.flatnonzero(count_E == 0).tolist():
+    raise UserError(
+      f'every cluster must have a question, got none in {empty}; leave them out'
+    )
+  order_B = np.argsort(member_B, kind='stable')
+  row_B = member_B[order_B]
+  start_E = np.cumsum(count_E) - count_E
+  slot_B = np.arange(len(row_B)) - start_E[row_B]
+
+  def place(x_B):
+    shape = (size, int(count_E.max()), *x_B.shape[1:])
+    out = np.zeros(shape, np.float32)
+    out[row_B, slot_B] = x_B[order_B]
+    return jnp.asarray(out)
+
+  return Clusters(
+    place(q_BD), place(a_BV), place(np.ones(len(row_B), np.float32))
+  )
+
+
+def pad(clusters: Clusters, members: int, questions: int) -> Clusters:
+  """More members and rows, all of weight 0 (so that devices divide them)."""
+  has_members, has_questions = clusters.weight_ET.shape
+  if members < has_members or questions < has_questions:
+    raise UserError(
+      f'padding must not cut: at least {has_members} members and '
+      f'{has_questions} questions, got {members} and {questions}'
+    )
+  more = (members - has_members, questions - has_questions)
+
+  def widen(x):
+    widths = [(0, n) for n in more] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths)
+
+  return jax.tree.map(widen, clusters)
+
+
+def check(clusters: Clusters, rank: int) -> None:
+  """Shapes agree and can hold `rank` bases.
+
+  Raises:
+    UserError: with the shapes.
+  """
+  q, a, weight = (x.shape for x in clusters)
+  if len(q) != 3 or len(a) != 3 or q[:2] != a[:2] or q[:2] != weight:
+    raise UserError(
+      f'clusters must be [E, T, D], [E, T, V] and [E, T], got {q}, {a}, '
+      f'{weight}'
+    )
+  limit = min(q[0], q[2] * a[2])
+  if not 0 < rank <= limit:
+    raise UserError(
+      f'rank must be in 1 .. {limit} (clusters, or entries of a weight), '
+      f'got {rank}'
+    )

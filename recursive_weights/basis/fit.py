@@ -1,0 +1,365 @@
+"""Coefficients and basis in turn: recursion over optimisation."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from recursive_weights.basis import solve, subspace
+from recursive_weights.basis.clusters import Clusters, check
+from recursive_weights.basis.objective import (
+  Objective,
+  einsum,
+  gradients,
+  predict,
+  rows,
+  scale,
+  total_weight,
+  value,
+)
+from recursive_weights.interfaces import Array, Metrics, UserError
+
+Solver = Literal['auto', 'direct', 'cg', 'gradient']
+
+
+class State(NamedTuple):
+  """Where a fit stands: all that a checkpoint needs."""
+
+  coefficients_ER: Array
+  basis_RDV: Array
+  objective: Array
+  tangent: Array
+  optimizer: Any
+  step: Array
+
+
+class Fit(NamedTuple):
+  """A fit of one objective.
+
+  init: `(clusters, basis_RDV) -> State`; coefficients are solved for.
+  step: `(clusters, state) -> (state, metrics)`: the loop's step, and the body
+    of a scan. Metrics: `objective`; `tangent`, see `multipliers`; `length`, of
+    the step of the basis, 0 where none lowered the objective; `rank`, how many
+    bases are independent.
+  """
+
+  init: Callable[[Clusters, Array], State]
+  step: Callable[[Clusters, State], tuple[State, Metrics]]
+
+
+class Multipliers(NamedTuple):
+  """Of the Lagrangian, for the constraints on a basis; see `multipliers`."""
+
+  basis_RR: Array
+  tangent_ER: Array
+  tangent_RDV: Array
+
+
+def make(
+  objective: Objective,
+  *,
+  solver: Solver = 'auto',
+  direct_limit: int = 2048,
+  iterations: int = 100,
+  sweeps: int = 3,
+  orthonormalise_every: int = 1,
+  refresh_every: int = 0,
+  optimizer: optax.GradientTransformation | None = None,
+  halvings: int = 12,
+) -> Fit:
+  """The alternating fit of `W_i = Σ_k c_ik G_k`.
+
+  A step proposes a basis, brings it back to norm 1 (or to an orthonormal one),
+  solves for the coefficients again, and halves its length until the objective
+  falls; else everything stays. So the objective never rises, and what is
+  reported belongs to the coefficients that are reported.
+
+  Args:
+    objective: from `objective.make`.
+    solver: of the basis. 'direct' and 'cg' are exact least squares, for the
+      squared error alone; 'gradient' follows `optimizer`; 'auto' takes
+      'gradient' where the cosine counts, else 'direct' up to `direct_limit`.
+    direct_limit: largest R D for a Cholesky factor.
+    iterations: of conjugate and proximal gradients.
+    sweeps: Gauss-Newton steps of the coefficients where the cosine counts.
+    orthonormalise_every: steps between orthonormalisations; 0 is never. Norms
+      are 1 after every step.
+    refresh_every: steps between attempts to put the leading direction of the
+      members' gradients in the place of the basis used least; 0 is never.
+    optimizer: of 'gradient'; None for L-BFGS.
+    halvings: of the length, before a step is given up.
+
+  Without sparsity the objective depends on the W_i alone: no choice of bases
+  within their span, and no orthonormalisation, changes it.
+
+  Source: UnifyWeaver, Smoothing Basis for Multi-Cluster Projection, 2025, as
+  proposed with a gradient step on the basis, at a fixed rate.
+
+  Raises:
+    UserError: a field out of range; least squares asked of the cosine.
+  """
+  if solver not in ('auto', 'direct', 'cg', 'gradient'):
+    raise UserError(
+      f'solver must be one of auto, direct, cg, gradient, got {solver!r}'
+    )
+  if objective.cosine and solver in ('direct', 'cg'):
+    raise UserError(
+      f'solver {solver} is exact least squares, so cosine must be 0, got '
+      f"{objective.cosine}; take 'gradient'"
+    )
+  for name, x, least in (
+    ('direct_limit', direct_limit, 0),
+    ('iterations', iterations, 1),
+    ('sweeps', sweeps, 1),
+    ('orthonormalise_every', orthonormalise_every, 0),
+    ('refresh_every', refresh_every, 0),
+    ('halvings', halvings, 0),
+  ):
+    if x < least:
+      raise UserError(f'{name} must be >= {least}, got {x}')
+  if solver == 'auto' and objective.cosine:
+    solver = 'gradient'
+  if optimizer is None:
+    optimizer = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
+  sweeps = sweeps if objective.cosine else 1
+  resolve = functools.partial(
+    solve.coefficients, objective, sweeps=sweeps, iterations=iterations
+  )
+
+  def init(clusters, basis_RDV):
+    check(clusters, basis_RDV.shape[0])
+    retract = subspace.normalise
+    if orthonormalise_every:
+      retract = subspace.orthonormalise
+    basis_RDV = retract(basis_RDV)
+    zero_ER = jnp.zeros((clusters.q_ETD.shape[0], basis_RDV.shape[0]))
+    # The cosine has no gradient at 0.
+    square = objective._replace(cosine=0.0, sparsity=0.0)
+    c_ER = solve.coefficients(
+      square, clusters, zero_ER, basis_RDV, iterations=iterations
+    )
+    if objective.cosine or objective.sparsity:
+      c_ER = resolve(clusters, c_ER, basis_RDV)
+    return State(
+      c_ER,
+      basis_RDV,
+      value(objective, clusters, c_ER, basis_RDV),
+      jnp.asarray(jnp.inf),
+      optimizer.init(basis_RDV) if solver == 'gradient' else (),
+      jnp.zeros((), jnp.int32),
+    )
+
+  def propose(clusters, state):
+    c_ER, basis_RDV = state.coefficients_ER, state.basis_RDV
+    rank, width, _ = basis_RDV.shape
+    if solver == 'gradient':
+      # At the solved coefficients this is the gradient of their minimum.
+      gradient_RDV = gradients(objective, clusters, c_ER, basis_RDV)[1]
+      change_RDV, new = optimizer.update(
+        gradient_RDV, state.optimizer, basis_RDV
+      )
+      falls = jnp.sum(change_RDV * gradient_RDV) < 0
+      return jnp.where(falls, change_RDV, -gradient_RDV), new
+    direct = rank * width <= direct_limit
+    if solver == 'direct' or (solver == 'auto' and direct):
+      return solve.basis_direct(objective, clusters, c_ER, basis_RDV), ()
+    return solve.basis_cg(
+      objective, clusters, c_ER, basis_RDV, iterations=iterations
+    ), ()
+
+  def descend(clusters, state, change_RDV, due):
+    """The first length `2^-j` at which the objective falls."""
+
+    def attempt(length):
+      moved_RDV = state.basis_RDV + length * change_RDV
+      basis_RDV = jax.lax.cond(
+        due, subspace.orthonormalise, subspace.normalise, moved_RDV
+      )
+      # Start where the change of basis alone leaves the members' weights.
+      back_RR = subspace.inner(state.basis_RDV, basis_RDV)
+      c_ER = state.coefficients_ER @ back_RR
+      c_ER = resolve(clusters, c_ER, basis_RDV)
+      return c_ER, basis_RDV, value(objective, clusters, c_ER, basis_RDV)
+
+    def going(carry):
+      j, (_, _, found) = carry
+      return (j <= halvings) & ~(found <= state.objective)
+
+    def body(carry):
+      j, _ = carry
+      return j + 1, attempt(0.5 ** (j + 1.0))
+
+    j, found = jax.lax.while_loop(
+      going, body, (jnp.zeros((), jnp.int32), attempt(1.0))
+    )
+    return _better(state, found), jnp.where(j <= halvings, 0.5**j, 0.0)
+
+  def refresh(clusters, state):
+    """Puts the leading direction of the gradients where least is used."""
+    fresh_DV = _residual_direction(objective, clusters, state)
+    weakest = jnp.argmin(jnp.sum(state.coefficients_ER**2, 0))
+    basis_RDV = subspace.normalise(state.basis_RDV.at[weakest].set(fresh_DV))
+    if orthonormalise_every:
+      basis_RDV = subspace.orthonormalise(basis_RDV)
+    c_ER = resolve(clusters, state.coefficients_ER, basis_RDV)
+    found = c_ER, basis_RDV, value(objective, clusters, c_ER, basis_RDV)
+    return _better(state, found)
+
+  def step(clusters, state):
+    change_RDV, new = propose(clusters, state)
+    due = jnp.asarray(False)
+    if orthonormalise_every:
+      due = (state.step + 1) % orthonormalise_every == 0
+    state, length = descend(clusters, state, change_RDV, due)
+    if solver == 'gradient':
+      # What the optimizer remembers has led nowhere.
+      fresh = optimizer.init(state.basis_RDV)
+      new = jax.tree.map(
+        lambda a, b: jnp.where(length > 0, a, b),
+        new,
+        fresh,
+      )
+    if refresh_every:
+      state = jax.lax.cond(
+        (state.step + 1) % refresh_every == 0,
+        lambda s: refresh(clusters, s),
+        lambda s: s,
+        state,
+      )
+    found = multipliers(
+      objective, clusters, state, orthonormal=bool(orthonormalise_every)
+    )
+    state = state._replace(
+      tangent=_tangent(objective, clusters, state, found),
+      optimizer=new,
+      step=state.step + 1,
+    )
+    gram_RR = subspace.inner(state.basis_RDV, state.basis_RDV)
+    metrics = {
+      'objective': state.objective,
+      'tangent': state.tangent,
+      'length': length,
+      'rank': jnp.sum(jnp.linalg.eigvalsh(gram_RR) > 1e-3),
+    }
+    return state, metrics
+
+  return Fit(init, step)
+
+
+def run(
+  fit: Fit,
+  clusters: Clusters,
+  state: State,
+  *,
+  steps: int,
+  tolerance: float = 0.0,
+) -> tuple[State, Metrics]:
+  """`fit.step` until the tangent gradient is below `tolerance`, by `lax.scan`.
+
+  Returns:
+    The state, and metrics `[steps]`; after the end they repeat the last ones.
+  """
+
+  def body(carry, _):
+    state, metrics = jax.lax.cond(
+      carry[0].tangent > tolerance,
+      lambda carry: fit.step(clusters, carry[0]),
+      lambda carry: carry,
+      carry,
+    )
+    return (state, metrics), metrics
+
+  shapes = jax.eval_shape(fit.step, clusters, state)[1]
+  none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  (state, _), metrics = jax.lax.scan(body, (state, none), length=steps)
+  return state, metrics
+
+
+def multipliers(
+  objective: Objective,
+  clusters: Clusters,
+  state: State,
+  *,
+  orthonormal: bool = True,
+) -> Multipliers:
+  """Stationarity of the Lagrangian of a basis with constraints.
+
+    ℒ = L + Σ_i <M_i, W_i - Σ_k c_ik G_k> + Σ_k ν_k (|G_k|² - 1)
+          + Σ_{j<k} ρ_jk <G_j, G_k>
+
+  `M_i = -∇_{W_i} L` (see `weight_multipliers`) eliminates the W_i, and leaves
+
+    c_ik: <∇_{W_i} L, G_k> + ∂(sparsity) = 0           `tangent_ER`
+    G_k:  ∂L/∂G_k + 2 ν_k G_k + Σ_j ρ_jk G_j = 0       `tangent_RDV`
+
+  with ν on half the diagonal of `basis_RR` and ρ off it: the least squares
+  choice `-sym <∂L/∂G_j, G_k>`. The first line is all that the proposal tests;
+  it holds after every solve for coefficients, at any basis. Without sparsity
+  the constraints choose among equals, and ν = ρ = 0 where the first line holds.
+  """
+  c_ER, basis_RDV = state.coefficients_ER, state.basis_RDV
+  tangent_ER, gradient_RDV = gradients(objective, clusters, c_ER, basis_RDV)
+  slope = objective.sparsity / total_weight(clusters)
+  # At 0 the absolute value takes up any slope within its own.
+  idle_ER = jnp.sign(tangent_ER) * jnp.maximum(jnp.abs(tangent_ER) - slope, 0)
+  tangent_ER = jnp.where(
+    c_ER == 0, idle_ER, tangent_ER + slope * jnp.sign(c_ER)
+  )
+  cross_RR = subspace.inner(gradient_RDV, basis_RDV)
+  basis_RR = -(cross_RR + cross_RR.T) / 2
+  if not orthonormal:
+    basis_RR = jnp.diag(jnp.diagonal(basis_RR))
+  tangent_RDV = gradient_RDV + einsum('rs,sdv->rdv', basis_RR, basis_RDV)
+  return Multipliers(basis_RR, tangent_ER, tangent_RDV)
+
+
+def weight_multipliers(
+  objective: Objective, clusters: Clusters, state: State
+) -> Array:
+  """`M_i = -∇_{W_i} L`, `[E, D, V]`: as large as all members' weights."""
+  c_ER, basis_RDV = state.coefficients_ER, state.basis_RDV
+  slope_ETV = _slope(objective, clusters, state)
+  pull_ER = 2 * objective.ridge * c_ER
+  if objective.graph_EE is not None:
+    pull_ER += 4 * objective.similarity * objective.graph_EE @ c_ER
+  gradient_EDV = einsum('etd,etv->edv', clusters.q_ETD, slope_ETV)
+  gradient_EDV += einsum('er,rdv->edv', pull_ER, basis_RDV)
+  return -gradient_EDV / total_weight(clusters)
+
+
+def _slope(objective, clusters, state):
+  """Derivative of the data's terms by what is predicted, `[E, T, V]`."""
+  p_ETV = predict(clusters.q_ETD, state.coefficients_ER, state.basis_RDV)
+
+  def data(p_ETV):
+    return jnp.sum(clusters.weight_ET * rows(objective, p_ETV, clusters.a_ETV))
+
+  return jax.grad(data)(p_ETV)
+
+
+def _residual_direction(objective, clusters, state):
+  slope_ETV = _slope(objective, clusters, state)
+  key = jax.random.fold_in(jax.random.key(0), state.step)
+  return subspace.leading(clusters.q_ETD, slope_ETV, 1, key, passes=5)[0]
+
+
+def _tangent(objective, clusters, state, found):
+  """Largest norm of the tangent gradients, in units of the objective."""
+  unit = scale(objective, clusters)
+  norm = jnp.sqrt(jnp.sum(state.coefficients_ER**2))
+  by_coefficient = norm * jnp.sqrt(jnp.sum(found.tangent_ER**2))
+  by_basis = jnp.sqrt(jnp.sum(found.tangent_RDV**2))
+  return jnp.maximum(by_coefficient, by_basis) / unit
+
+
+def _better(state, found):
+  c_ER, basis_RDV, reached = found
+  better = reached <= state.objective
+  return state._replace(
+    coefficients_ER=jnp.where(better, c_ER, state.coefficients_ER),
+    basis_RDV=jnp.where(better, basis_RDV, state.basis_RDV),
+    objective=jnp.where(better, reached, state.objective),
+  )

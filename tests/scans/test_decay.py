@@ -1,5 +1,7 @@
 """Dyadic decays are the products they stand for, for gates of any strength."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,12 @@ def matrix(gates_CK, resets_C, exclusive):
   return whole
 
 
+@functools.partial(jax.jit, static_argnames='exclusive')
+def scored(q_CK, k_CK, gates_CK, resets_C, diagonal_C, *, exclusive):
+  factors = decay.anchors(gates_CK, resets_C, exclusive=exclusive)
+  return decay.scores(q_CK, k_CK, factors, diagonal_C)
+
+
 @pytest.mark.parametrize('width', [1, K])
 @pytest.mark.parametrize('exclusive', [False, True])
 @pytest.mark.parametrize('strength', [1e-3, 1.0, 20.0, 1e4])
@@ -46,16 +54,11 @@ def test_scores_are_sums_over_keys(width, exclusive, strength):
   kept_CCK = matrix(gates_CK, resets_C, exclusive)
   expected = (q_CK[:, None] * k_CK[None] * kept_CCK).sum(-1)
   expected += np.diag(diagonal_C)
-  factors = decay.anchors(
-    jnp.asarray(gates_CK, jnp.float32),
+  actual = scored(
+    *(jnp.asarray(x, jnp.float32) for x in (q_CK, k_CK, gates_CK)),
     jnp.asarray(resets_C),
-    exclusive=exclusive,
-  )
-  actual = decay.scores(
-    jnp.asarray(q_CK, jnp.float32),
-    jnp.asarray(k_CK, jnp.float32),
-    factors,
     jnp.asarray(diagonal_C, jnp.float32),
+    exclusive=exclusive,
   )
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
@@ -117,7 +120,7 @@ def test_a_gate_of_minus_infinity_is_a_reset():
   gates_CK = jnp.asarray(gates_CK, jnp.float32)
   silent = jnp.where(told[:, None], -jnp.inf, gates_CK)
   for gates, resets in ((gates_CK, told), (silent, jnp.zeros_like(told))):
-    slope = jax.grad(total)(gates, resets)
+    slope = jax.jit(jax.grad(total))(gates, resets)
     assert np.isfinite(slope).all()
     assert not np.any(np.asarray(slope)[resets_C])
   np.testing.assert_array_equal(

@@ -36,7 +36,8 @@ def make(
   """The objective of these weights; `value` has the formula.
 
   Args:
-    cosine: λ in [0, 1], share of the angle against the squared error.
+    cosine: λ in [0, 1], share of the angle against the squared error. At 1
+      nothing holds the length of an answer: any penalty shrinks it to 0.
     ridge: of the members' weights, in units of questions.
     sparsity: of the absolute coefficients.
     similarity: pulls weights of members with similar answers together.

@@ -5,8 +5,8 @@ kinds of recursion, and one room for each:
 
   derivation/  over weights: W2 = T(W1), Wn = T^(n-1)(W1)
   recursion/   over depth: ticks, latent cycles, halting, by `lax.scan`
-  scans/       over time: state-space models (to come)
-  basis/       over optimisation: W_i = sum_k a_ik G_k (to come)
+  scans/       over time: state-space models, linear attention
+  basis/       over optimisation: W_i = sum_k a_ik G_k
 
 `models` are built from these rooms, `tasks` know no models, `evaluators` see a
 model and a task, `training` sees contracts (`interfaces`), `build` sees all.

@@ -8,16 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from recursive_weights.basis import solve, subspace
+from recursive_weights.basis import lagrangian, solve, subspace
 from recursive_weights.basis.clusters import Clusters, check
 from recursive_weights.basis.objective import (
   Objective,
-  einsum,
   gradients,
-  predict,
-  rows,
-  scale,
-  total_weight,
   value,
 )
 from recursive_weights.interfaces import Array, Metrics, UserError
@@ -41,21 +36,13 @@ class Fit(NamedTuple):
 
   init: `(clusters, basis_RDV) -> State`; coefficients are solved for.
   step: `(clusters, state) -> (state, metrics)`: the loop's step, and the body
-    of a scan. Metrics: `objective`; `tangent`, see `multipliers`; `length`, of
+    of a scan. Metrics: `objective`; `tangent`, see `lagrangian`; `length`, of
     the step of the basis, 0 where none lowered the objective; `rank`, how many
     bases are independent.
   """
 
   init: Callable[[Clusters, Array], State]
   step: Callable[[Clusters, State], tuple[State, Metrics]]
-
-
-class Multipliers(NamedTuple):
-  """Of the Lagrangian, for the constraints on a basis; see `multipliers`."""
-
-  basis_RR: Array
-  tangent_ER: Array
-  tangent_RDV: Array
 
 
 def make(
@@ -229,11 +216,12 @@ def make(
         lambda s: s,
         state,
       )
-    found = multipliers(
-      objective, clusters, state, orthonormal=bool(orthonormalise_every)
+    at = state.coefficients_ER, state.basis_RDV
+    found = lagrangian.multipliers(
+      objective, clusters, *at, orthonormal=bool(orthonormalise_every)
     )
     state = state._replace(
-      tangent=_tangent(objective, clusters, state, found),
+      tangent=lagrangian.tangent(objective, clusters, at[0], found),
       optimizer=new,
       step=state.step + 1,
     )
@@ -278,81 +266,12 @@ def run(
   return state, metrics
 
 
-def multipliers(
-  objective: Objective,
-  clusters: Clusters,
-  state: State,
-  *,
-  orthonormal: bool = True,
-) -> Multipliers:
-  """Stationarity of the Lagrangian of a basis with constraints.
-
-    ℒ = L + Σ_i <M_i, W_i - Σ_k c_ik G_k> + Σ_k ν_k (|G_k|² - 1)
-          + Σ_{j<k} ρ_jk <G_j, G_k>
-
-  `M_i = -∇_{W_i} L` (see `weight_multipliers`) eliminates the W_i, and leaves
-
-    c_ik: <∇_{W_i} L, G_k> + ∂(sparsity) = 0           `tangent_ER`
-    G_k:  ∂L/∂G_k + 2 ν_k G_k + Σ_j ρ_jk G_j = 0       `tangent_RDV`
-
-  with ν on half the diagonal of `basis_RR` and ρ off it: the least squares
-  choice `-sym <∂L/∂G_j, G_k>`. The first line is all that the proposal tests;
-  it holds after every solve for coefficients, at any basis. Without sparsity
-  the constraints choose among equals, and ν = ρ = 0 where the first line holds.
-  """
-  c_ER, basis_RDV = state.coefficients_ER, state.basis_RDV
-  tangent_ER, gradient_RDV = gradients(objective, clusters, c_ER, basis_RDV)
-  slope = objective.sparsity / total_weight(clusters)
-  # At 0 the absolute value takes up any slope within its own.
-  idle_ER = jnp.sign(tangent_ER) * jnp.maximum(jnp.abs(tangent_ER) - slope, 0)
-  tangent_ER = jnp.where(
-    c_ER == 0, idle_ER, tangent_ER + slope * jnp.sign(c_ER)
-  )
-  cross_RR = subspace.inner(gradient_RDV, basis_RDV)
-  basis_RR = -(cross_RR + cross_RR.T) / 2
-  if not orthonormal:
-    basis_RR = jnp.diag(jnp.diagonal(basis_RR))
-  tangent_RDV = gradient_RDV + einsum('rs,sdv->rdv', basis_RR, basis_RDV)
-  return Multipliers(basis_RR, tangent_ER, tangent_RDV)
-
-
-def weight_multipliers(
-  objective: Objective, clusters: Clusters, state: State
-) -> Array:
-  """`M_i = -∇_{W_i} L`, `[E, D, V]`: as large as all members' weights."""
-  c_ER, basis_RDV = state.coefficients_ER, state.basis_RDV
-  slope_ETV = _slope(objective, clusters, state)
-  pull_ER = 2 * objective.ridge * c_ER
-  if objective.graph_EE is not None:
-    pull_ER += 4 * objective.similarity * objective.graph_EE @ c_ER
-  gradient_EDV = einsum('etd,etv->edv', clusters.q_ETD, slope_ETV)
-  gradient_EDV += einsum('er,rdv->edv', pull_ER, basis_RDV)
-  return -gradient_EDV / total_weight(clusters)
-
-
-def _slope(objective, clusters, state):
-  """Derivative of the data's terms by what is predicted, `[E, T, V]`."""
-  p_ETV = predict(clusters.q_ETD, state.coefficients_ER, state.basis_RDV)
-
-  def data(p_ETV):
-    return jnp.sum(clusters.weight_ET * rows(objective, p_ETV, clusters.a_ETV))
-
-  return jax.grad(data)(p_ETV)
-
-
 def _residual_direction(objective, clusters, state):
-  slope_ETV = _slope(objective, clusters, state)
+  slope_ETV = lagrangian.slope(
+    objective, clusters, state.coefficients_ER, state.basis_RDV
+  )
   key = jax.random.fold_in(jax.random.key(0), state.step)
   return subspace.leading(clusters.q_ETD, slope_ETV, 1, key, passes=5)[0]
-
-
-def _tangent(objective, clusters, state, found):
-  """Largest norm of the tangent gradients, in units of the objective."""
-  unit = scale(objective, clusters)
-  norm = jnp.sqrt(jnp.sum(state.coefficients_ER**2))
-  by_coefficient = norm * jnp.sqrt(jnp.sum(found.tangent_ER**2))
-  by_basis = jnp.sqrt(jnp.sum(found.tangent_RDV**2))
-  return jnp.maximum(by_coefficient, by_basis) / unit
 
 
 def _better(state, found):

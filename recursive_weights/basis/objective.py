@@ -107,11 +107,11 @@ def cosine(p: Array, a: Array) -> Array:
 def rows(objective: Objective, p_ETV: Array, a_ETV: Array) -> Array:
   """`(1 - λ) |p - a|² + λ (1 - cos(p, a))` of each row, `[E, T]`."""
   share = objective.cosine
-  total = 0.0
+  total = jnp.zeros(())
   if share < 1:
     total = (1 - share) * jnp.sum((p_ETV - a_ETV) ** 2, -1)
   if share > 0:
-    total += share * (1 - cosine(p_ETV, a_ETV))
+    total = total + share * (1 - cosine(p_ETV, a_ETV))
   return total
 
 

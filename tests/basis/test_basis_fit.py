@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recursive_weights.basis import clusters as clusters_lib
 from recursive_weights.basis import fit as fit_lib
-from recursive_weights.basis import initial, subspace
+from recursive_weights.basis import initial, lagrangian, subspace
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.interfaces import UserError
 from recursive_weights.tasks import _planted
@@ -98,10 +98,11 @@ def test_it_stops_where_the_lagrangian_is_stationary(name, tolerance):
   assert state.tangent < tolerance
   assert state.step < 200
   assert metrics['tangent'][state.step - 2] > tolerance
-  found = fit_lib.multipliers(which, clusters, state)
+  at = state.coefficients_ER, state.basis_RDV
+  found = lagrangian.multipliers(which, clusters, *at)
   # Constraints that only choose among equal bases pull at nothing.
   np.testing.assert_allclose(found.basis_RR, 0.0, atol=1e-2)
-  slope_EDV = -fit_lib.weight_multipliers(which, clusters, state)
+  slope_EDV = -lagrangian.weight_multipliers(which, clusters, *at)
   onto_ER = jnp.einsum('edv,rdv->er', slope_EDV, state.basis_RDV)
   np.testing.assert_allclose(onto_ER, found.tangent_ER, atol=1e-4)
   # A member's own gradient is not zero: the basis holds it there.

@@ -82,18 +82,23 @@ def test_direct_equals_conjugate_gradients():
 
 def test_solved_coefficients_are_stationary():
   clusters, c_ER, basis_RDV = problem()
-  for objective, sweeps in (
-    (similar(clusters, ridge=0.1), 1),
-    (objective_lib.make(cosine=0.5), 40),
-    (objective_lib.make(cosine=1.0, ridge=0.0), 40),
-    (similar(clusters, cosine=0.5), 60),
+  # As a fit starts: from where some row points backwards, the angle is slow.
+  square = objective_lib.make()
+  c_ER = 0.7 * solve.coefficients(square, clusters, c_ER, basis_RDV)
+  c_ER += 0.1
+  for objective, sweeps, near in (
+    (similar(clusters, ridge=0.1), 1, 2e-4),
+    (objective_lib.make(cosine=0.5), 40, 2e-4),
+    (objective_lib.make(cosine=1.0, ridge=0.0), 40, 2e-4),
+    # One length for all members, judged by a sum in float32.
+    (similar(clusters, cosine=0.5), 60, 2e-3),
   ):
     before = objective_lib.value(objective, clusters, c_ER, basis_RDV)
     found = solve.coefficients(
       objective, clusters, c_ER, basis_RDV, sweeps=sweeps
     )
     slope = objective_lib.gradients(objective, clusters, found, basis_RDV)[0]
-    np.testing.assert_allclose(slope, 0.0, atol=2e-4)
+    np.testing.assert_allclose(slope, 0.0, atol=near)
     assert objective_lib.value(objective, clusters, found, basis_RDV) < before
 
 

@@ -51,7 +51,7 @@ def compared(tmp_path_factory, cache):
   return folder, arguments, run(cache, 'compare', *arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compare_trains_once_and_tells_the_difference(compared, cache):
   folder, arguments, (code, out, err) = compared
   assert code == 0, err
@@ -92,7 +92,7 @@ def test_a_mistake_in_the_last_variant_costs_no_training(tmp_path, cache):
   assert not (tmp_path / 'runs').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transfer_moves_the_learnt_operator(compared, cache, tmp_path):
   folder, _, _ = compared
   code, _, err = run(

@@ -46,7 +46,7 @@ def distance(a, b):
   return jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('ahead', [False, True])
 def test_gated_unit_of_two_products(ahead):
   weights, x_ND, dr_ND = arrays()
@@ -55,7 +55,7 @@ def test_gated_unit_of_two_products(ahead):
   assert distance(found, exact(weights, x_ND, dr_ND)[2]) < 3e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize('split', [False, True])
 def test_gradients_of_the_gated_unit(split):
   weights, x_ND, dr_ND = arrays()

@@ -8,7 +8,9 @@ supervision step, with random inputs and the state donated.
   python -m recursive_weights.benchmarks.trm --halves token channel
 
 times single halves instead, plain and fused with several tiles, forward and
-forward with backward, and says how far each is from float32.
+forward with backward, and says how far each is from float32. `--cell symmetric`
+(by `--mixing` and `--pool`) and `--halves constraint` are the cell for Sudoku,
+whose states are `--width` wide for each of nine digits.
 """
 
 import argparse
@@ -28,17 +30,22 @@ from recursive_weights.models import trm
 from recursive_weights.models.kernels import (
   attention,
   channel_half,
+  constraint_half,
   halves,
   token_half,
 )
-from recursive_weights.models.layers import trm_block
+from recursive_weights.models.layers import symmetric_block, trm_block
 
-WIDTH, HEADS, CLASSES, LAYERS, CYCLES, INNER = 512, 8, 11, 2, 3, 6
+HEADS, LAYERS, CYCLES, INNER = 8, 2, 3, 6
+WIDTHS = {'mixer': 512, 'attention': 512, 'symmetric': 128}
+CLASSES = {'mixer': 11, 'attention': 11, 'symmetric': 9}
+POOL_WIDTH = 64
 
 KERNELS = {
   'token': token_half,
   'channel': channel_half,
   'attention': attention,
+  'constraint': constraint_half,
 }
 
 _SPLIT = {'columns': 128, 'stages': 4, 'ahead': True}
@@ -67,6 +74,12 @@ SETTINGS: dict[str, list[dict]] = {
     {'down_width': 32, 'down_stages': 4},
   ],
   'attention': [{'warps': 4, 'back_warps': 8}],
+  'constraint': [
+    {'warps': 8, 'back_warps': 4},
+    {'rows': 128, 'warps': 8, 'back_rows': 128},
+    {'stages': 3, 'back_stages': 1},
+    {'rows': 32, 'back_rows': 32, 'back_warps': 4},
+  ],
 }
 
 
@@ -85,23 +98,42 @@ def tiles_of(name: str, changes: dict):
   return change(KERNELS[name].Tiles(), changes)
 
 
-def flops(cell: str, tokens: int, batch: int, *, gradient: bool = True) -> dict:
-  """Multiply-adds count two. `{token | attention, channel}` of one call each,
-  and `step`, the whole training step.
+def flops(
+  cell: str,
+  tokens: int,
+  batch: int,
+  width: int,
+  mixing: str = 'constraints',
+  pool: str = 'both',
+) -> dict:
+  """Multiply-adds count two. Of one call of each half, and `step`, of the
+  whole training step.
 
     E = C + 2 G forward-equivalents, C = T (n + 1) calls of the network, of
     which the G = n + 1 of the last cycle carry a gradient
   """
   inner = trm_block.inner_width
-  channel = 6.0 * batch * tokens * WIDTH * inner(WIDTH)
+  multiple = 256
+  if cell == 'symmetric':
+    batch, multiple = batch * CLASSES[cell], 64
+  channel = 3 * width * inner(width, multiple=multiple)
   if cell == 'mixer':
-    first = {'token': 6.0 * batch * tokens * inner(tokens) * WIDTH}
+    first: dict[str, float] = {'token': 3 * inner(tokens) * width}
+  elif cell == 'attention':
+    first = {'attention': 4 * width**2 + 2 * tokens * width}
   else:
-    macs = 4 * tokens * WIDTH**2 + 2 * tokens**2 * WIDTH
-    first = {'attention': 2.0 * batch * macs}
-  calls = CYCLES * (INNER + 1) + 2 * (INNER + 1) * gradient
-  one = sum(first.values()) + channel
-  return first | {'channel': channel, 'step': calls * LAYERS * one}
+    # Products whose values are pooled after them; means come first, and small.
+    pooled = {'mean': 0, 'both': 0.5, 'max': 1, 'softmax': 2}[pool]
+    families = 4 if mixing == 'constraints' else 1
+    first = {'constraint': (2 + pooled) * width * families * POOL_WIDTH}
+    if mixing == 'tokens':
+      first['token'] = 3 * inner(tokens, multiple=multiple) * width
+  calls = CYCLES * (INNER + 1) + 2 * (INNER + 1)
+  halves = {
+    name: 2.0 * batch * tokens * macs
+    for name, macs in (first | {'channel': channel}).items()
+  }
+  return halves | {'step': calls * LAYERS * sum(halves.values())}
 
 
 def clock(run, state, *, repeats: int, calls: int) -> list[float]:
@@ -121,22 +153,35 @@ def bytes_in_use() -> int | None:
   return stats.get('peak_bytes_in_use')
 
 
-def half_params(name: str, tokens: int, key):
-  inner = trm_block.inner_width
+def half_params(name: str, tokens: int, width: int, pool: str, key):
   if name == 'attention':
-    return trm_block.attention_init(key, WIDTH)
-  width = tokens if name == 'token' else WIDTH
-  return trm_block.swiglu_init(key, width, inner(width))
+    return trm_block.attention_init(key, width)
+  if name == 'constraint':
+    return symmetric_block.constraint_init(key, width, POOL_WIDTH, 4, pool)
+  size = tokens if name == 'token' else width
+  multiple = 64 if width < 256 else 256
+  return trm_block.swiglu_init(
+    key, size, trm_block.inner_width(size, multiple=multiple)
+  )
 
 
-def half_program(name: str, tokens: int, tiles=None, *, fused: bool):
+def half_program(
+  name: str, tokens: int, width: int, pool: str, tiles=None, *, fused: bool
+):
   """`(params, x_TBD) -> y_TBD`, plain or fused."""
-  options = {}
+  options: dict = {}
   if name == 'attention':
-    turn = trm_block.rotation(tokens, WIDTH // HEADS)
+    turn = trm_block.rotation(tokens, width // HEADS)
     options = {'heads': HEADS, 'turn': turn}
+  if name == 'constraint':
+    options = {
+      'families': tuple(symmetric_block.FAMILIES),
+      'box': (3, 3),
+      'pool': pool,
+    }
   if not fused:
-    program = getattr(trm_block, f'{name}_half')
+    home = symmetric_block if name == 'constraint' else trm_block
+    program = getattr(home, f'{name}_half')
     return functools.partial(program, **options)
   return functools.partial(KERNELS[name].apply, tiles=tiles, **options)
 
@@ -161,21 +206,30 @@ def distances(program, exact, params, x_TBD, g_TBD) -> list[float]:
 
 
 def measure_half(
-  name: str, tokens: int, batch: int, dtype: str, tiles, *, repeats: int
+  name: str,
+  tokens: int,
+  batch: int,
+  width: int,
+  pool: str,
+  dtype: str,
+  tiles,
+  *,
+  repeats: int,
 ) -> dict:
   """Times of a half alone; `tiles` None for the plain one, {} for defaults."""
   keys = jax.random.split(jax.random.key(0), 3)
-  params = half_params(name, tokens, keys[0])
+  params = half_params(name, tokens, width, pool, keys[0])
   fused = tiles is not None
   if fused:
     tiles = tiles_of(name, tiles)
-  program = half_program(name, tokens, tiles, fused=fused)
+  program = half_program(name, tokens, width, pool, tiles, fused=fused)
+  digits = name == 'constraint' or (name == 'channel' and width < 256)
 
   def states(batch):
-    shape = (tokens, batch, WIDTH)
+    shape = (tokens, batch, *((9,) if digits else ()), width)
     return [jax.random.normal(key, shape).astype(dtype) for key in keys[1:]]
 
-  exact = half_program(name, tokens, fused=False)
+  exact = half_program(name, tokens, width, pool, fused=False)
   x_TBD, g_TBD = states(min(batch, 8))
   line = {'error': max(distances(program, exact, params, x_TBD, g_TBD))}
   x_TBD, g_TBD = states(batch)
@@ -186,7 +240,9 @@ def measure_half(
     y_TBD, pull = jax.vjp(program, params, x_TBD)
     return y_TBD, pull(g_TBD)
 
-  work = flops('attention' if name == 'attention' else 'mixer', tokens, batch)
+  cell = 'symmetric' if digits else 'mixer'
+  cell = 'attention' if name == 'attention' else cell
+  work = flops(cell, tokens, batch, width, pool=pool)
   for kind, run, passes in (
     ('forward', lambda x: forward(params, x), 1),
     ('both', lambda x: (both(params, x, g_TBD), x)[1], 3),
@@ -205,28 +261,28 @@ def measure_half(
   return line
 
 
-def build(cell: str, tokens: int, dtype: str, fused, *, unrolled: int, **rest):
-  """The published net on a Sudoku: 81 tokens and `tokens - 81` before them."""
+def build(cell: str, tokens: int, **fields):
+  """The net on a Sudoku: 81 tokens and `tokens - 81` before them."""
   spec = interfaces.Spec(
     inputs=jax.ShapeDtypeStruct((81,), jnp.int32),
     answer=(81,),
-    classes=CLASSES,
+    classes=CLASSES[cell],
     sizes={},
   )
+  if cell == 'symmetric':
+    fields |= {'pool_width': POOL_WIDTH, 'multiple': 64}
+  else:
+    fields |= {'prefix': tokens - 81}
+    del fields['mixing'], fields['pool']
   return trm.make(
     spec,
     cell=cell,
-    width=WIDTH,
     layers=LAYERS,
     heads=HEADS,
     cycles=CYCLES,
     inner=INNER,
-    prefix=tokens - 81,
     position='rotation' if cell == 'attention' else 'none',
-    unrolled=unrolled,
-    fused=fused,
-    dtype=dtype,
-    **rest,
+    **fields,
   )
 
 
@@ -280,13 +336,18 @@ def make_step(model: interfaces.Model, optimizer, *, parts: int = 1):
 
 
 def measure_step(
-  model: interfaces.Model, *, batch: int, parts: int, repeats: int
+  model: interfaces.Model,
+  *,
+  classes: int,
+  batch: int,
+  parts: int,
+  repeats: int,
 ) -> dict:
   """Median time of a training step, and what the compiler says of it."""
   optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=1.0)
   stream = np.random.default_rng(0)
   data = {
-    name: jnp.asarray(stream.integers(0, CLASSES, (batch, 81)), jnp.int32)
+    name: jnp.asarray(stream.integers(0, classes, (batch, 81)), jnp.int32)
     for name in ('inputs', 'targets')
   }
 
@@ -324,11 +385,10 @@ def measure_step(
   }
 
 
-def least_bytes(tokens: int, batch: int, itemsize: int) -> float:
+def least_bytes(places: int, width: int, itemsize: int) -> float:
   """Traffic of a step whose halves read and write the state once each."""
-  state = itemsize * batch * tokens * WIDTH
   units = CYCLES * (INNER + 1) + 2 * (INNER + 1)
-  return 2.0 * 2 * LAYERS * units * state
+  return 2.0 * 2 * LAYERS * units * itemsize * places * width
 
 
 def show(line: dict, peak: float, rate: float) -> None:
@@ -340,15 +400,19 @@ def show(line: dict, peak: float, rate: float) -> None:
 
 def halves_report(flags) -> None:
   for name, tokens in itertools.product(flags.halves, flags.tokens):
-    settings = SETTINGS[name][: flags.settings or None]
-    for tiles in (None, {}, *settings):
+    width = flags.width or (128 if name == 'constraint' else 512)
+    settings = [None, {}, *SETTINGS[name][: flags.settings or None]]
+    for tiles in settings:
       line = {'half': name, 'tokens': tokens, 'batch': flags.batch[0]}
+      line |= {'width': width, 'pool': flags.pool}
       line['tiles'] = 'plain' if tiles is None else tiles
       try:
         line |= measure_half(
           name,
           tokens,
           flags.batch[0],
+          width,
+          flags.pool,
           flags.dtype,
           tiles,
           repeats=flags.repeats,
@@ -364,8 +428,12 @@ def steps_report(flags) -> None:
     flags.cell, flags.tokens, flags.batch, flags.parts, flags.fused
   )
   for cell, tokens, batch, parts, fused in grid:
+    width = flags.width or WIDTHS[cell]
     line = {
       'cell': cell,
+      'width': width,
+      'mixing': flags.mixing,
+      'pool': flags.pool,
       'tokens': tokens,
       'batch': batch,
       'parts': parts,
@@ -386,23 +454,31 @@ def steps_report(flags) -> None:
     model = build(
       cell,
       tokens,
-      flags.dtype,
-      program,
+      width=width,
+      mixing=flags.mixing,
+      pool=flags.pool,
+      dtype=flags.dtype,
+      fused=program,
       unrolled=flags.unrolled,
       remat=flags.remat,
     )
     try:
       line |= measure_step(
-        model, batch=batch, parts=parts, repeats=flags.repeats
+        model,
+        classes=CLASSES[cell],
+        batch=batch,
+        parts=parts,
+        repeats=flags.repeats,
       )
     except Exception as error:
       text = f'{type(error).__name__}: {error}'
       print(json.dumps(line | {'failed': text[:300]}), flush=True)
       continue
-    work = flops(cell, tokens, batch)['step']
+    work = flops(cell, tokens, batch, width, flags.mixing, flags.pool)['step']
+    places = tokens * batch * (9 if cell == 'symmetric' else 1)
     line['flops_formula'] = work
     line['least_bytes'] = least_bytes(
-      tokens, batch, jnp.dtype(flags.dtype).itemsize
+      places, width, jnp.dtype(flags.dtype).itemsize
     )
     show(line, flags.peak_tflops, work / line['ms'] / 1e9)
 
@@ -418,8 +494,13 @@ def main() -> None:
     '--settings', type=int, default=0, help='tile settings tried; 0: all'
   )
   parser.add_argument(
-    '--cell', nargs='+', default=['mixer'], choices=('mixer', 'attention')
+    '--cell', nargs='+', default=['mixer'], choices=tuple(WIDTHS)
   )
+  parser.add_argument('--width', type=int, default=0, help="0: the recipe's")
+  parser.add_argument(
+    '--mixing', default='constraints', choices=symmetric_block.KINDS
+  )
+  parser.add_argument('--pool', default='both', choices=symmetric_block.POOLS)
   parser.add_argument('--tokens', type=int, nargs='+', default=[81])
   parser.add_argument('--batch', type=int, nargs='+', default=[768])
   parser.add_argument(

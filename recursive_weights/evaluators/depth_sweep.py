@@ -68,21 +68,20 @@ def make(
 
   def evaluate(params, key):
     del key  # nothing here is random
+    means = _average.by_split(
+      lambda batch: judge(params, batch),
+      task,
+      splits,
+      batch_size=batch_size,
+      max_batches=max_batches,
+    )
     result = {}
-    for split in splits:
-      means = _average.over_split(
-        lambda batch: judge(params, batch),
-        task,
-        split,
-        batch_size=batch_size,
-        max_batches=max_batches,
-      )
-      for name, mean in means.items():
-        if mean.ndim == 0:
-          result[f'{split}/{name}'] = float(mean)
-          continue
-        for step in steps or range(1, len(mean) + 1):
-          result[f'{split}/{name}@{step}'] = float(mean[step - 1])
+    for name, mean in means.items():
+      if mean.ndim == 0:
+        result[name] = float(mean)
+        continue
+      for step in steps or range(1, len(mean) + 1):
+        result[f'{name}@{step}'] = float(mean[step - 1])
     return result
 
   return evaluate

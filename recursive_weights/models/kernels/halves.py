@@ -1,14 +1,16 @@
 """Fused halves of a block in the place of the plain ones."""
 
 import jax
+from jax.sharding import AxisType
 
 from recursive_weights.models.kernels import (
   attention,
   channel_half,
+  constraint_half,
   token_half,
   wide_product,
 )
-from recursive_weights.models.layers import trm_block
+from recursive_weights.models.layers import symmetric_block, trm_block
 
 
 def make(
@@ -17,37 +19,42 @@ def make(
   token: token_half.Tiles | None = None,
   channel: channel_half.Tiles | None = None,
   over: attention.Tiles | None = None,
+  constraint: constraint_half.Tiles | None = None,
   interpret: bool | None = None,
 ) -> trm_block.Halves:
-  """The programs of a block's halves, each plain where its sizes do not fit.
+  """The programs of a block's halves.
 
   Args:
-    fused: None: on one GPU of the Hopper generation, which the tiles are for. A
-      program that the compiler splits over several devices keeps the plain
-      halves, which it knows how to split.
-    token, channel, over: tiles of the kernels, `over` of attention.
+    fused: True: kernels, and an error where sizes do not fit them; False: plain
+      halves; None: kernels where sizes fit, but for `constraint`, on GPUs of
+      the Hopper generation, which the tiles are for. A program that the
+      compiler splits over several devices keeps the plain halves, which it
+      knows how to split.
+    token, channel, over, constraint: tiles of the kernels, `over` of attention.
     interpret: run the kernels without a GPU, slowly; None: where there is none.
+
+  Raises:
+    ValueError: when run with `fused=True`, on sizes that do not fit.
   """
-  if fused is None:
-    fused = jax.device_count() == 1 and wide_product.available()
-  if not fused:
+  if fused is False:
     return trm_block.Halves()
 
   simulated = interpret or jax.default_backend() != 'gpu'
 
-  def narrow(x_TBD):
+  def use(fits, x_TBD):
     # Tiles of 4-byte numbers would not fit into shared memory.
-    return simulated or x_TBD.dtype.itemsize == 2
+    narrow = simulated or x_TBD.dtype.itemsize == 2
+    return fused or (fits and narrow and on_one_hopper())
 
   def token_program(params, x_TBD):
     tokens, hidden = params['gate'].shape
     fits = token_half.fits(tokens, x_TBD.size // tokens, hidden)
-    if fits and narrow(x_TBD):
+    if use(fits, x_TBD):
       return token_half.apply(params, x_TBD, tiles=token, interpret=interpret)
     return trm_block.token_half(params, x_TBD)
 
   def channel_program(params, x_TBD):
-    if channel_half.fits(*params['gate'].shape) and narrow(x_TBD):
+    if use(channel_half.fits(*params['gate'].shape), x_TBD):
       options = {'tiles': channel, 'interpret': interpret}
       return channel_half.apply(params, x_TBD, **options)
     return trm_block.channel_half(params, x_TBD)
@@ -56,9 +63,30 @@ def make(
     program = trm_block.attention_half
     options = {'heads': heads, 'turn': turn}
     fits = attention.fits(x_TBD.shape[0], x_TBD.shape[-1], heads)
-    if fits and narrow(x_TBD):
+    if use(fits, x_TBD):
       program = attention.apply
       options |= {'tiles': over, 'interpret': interpret}
     return program(params, x_TBD, **options)
 
-  return trm_block.Halves(token_program, channel_program, attention_program)
+  def constraint_program(params, x_TBVD, **options):
+    program = symmetric_block.constraint_half
+    # Only where asked for: no GPU has run these kernels yet.
+    if fused:
+      program = constraint_half.apply
+      options |= {'tiles': constraint, 'interpret': interpret}
+    return program(params, x_TBVD, **options)
+
+  return trm_block.Halves(
+    token_program, channel_program, attention_program, constraint_program
+  )
+
+
+def on_one_hopper() -> bool:
+  """Whether what is traced runs on one GPU of the Hopper generation.
+
+  That is the only GPU, or one of those that each run the program by themselves
+  (`jax.pmap`, `jax.shard_map`).
+  """
+  kinds = jax.sharding.get_abstract_mesh().axis_types
+  own = bool(kinds) and all(kind == AxisType.Manual for kind in kinds)
+  return (own or jax.device_count() == 1) and wide_product.available()

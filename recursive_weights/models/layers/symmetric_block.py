@@ -111,15 +111,13 @@ def constraint_half(
     pool: 'mean', 'max', 'both' (half of the values each), or 'softmax', an
       average weighted by softmax(x score) among the members.
   """
-  dtype, shape = x_TBVD.dtype, x_TBVD.shape
-  weights = {name: value.astype(dtype) for name, value in params.items()}
-  grid = (box[1], box[0], box[0], box[1], *shape[1:])
-  x = x_TBVD.reshape(grid)
-  gates = _split(jax.nn.silu(x @ weights['gate']), families)
-  pooled = _pooled(weights, x, [FAMILIES[name] for name in families], pool)
-  mixed = [gate * value for gate, value in zip(gates, pooled, strict=True)]
+  shape = x_TBVD.shape
+  gates = jax.nn.silu(x_TBVD @ params['gate'].astype(x_TBVD.dtype))
+  gates = _split(gates.reshape(*_grid(x_TBVD, box)[:-1], -1), families)
+  values = pooled(params, x_TBVD, families=families, box=box, pool=pool)
+  mixed = [gate * value for gate, value in zip(gates, values, strict=True)]
   hidden = jnp.concatenate(mixed, axis=-1).reshape(*shape[:-1], -1)
-  return trm_block.rms(x_TBVD + hidden @ weights['down'])
+  return trm_block.rms(x_TBVD + hidden @ params['down'].astype(x_TBVD.dtype))
 
 
 def apply(
@@ -135,13 +133,14 @@ def apply(
   Args:
     params: from `init`.
     x_TBVD, box, pool: see `constraint_half`.
-    halves: programs of the halves that are those of `trm_block`.
+    halves: programs of the halves; `constraint` None for the one here.
   """
   families = tuple(FAMILIES)
   if 'token' in params:
     families = ('cell',)
     x_TBVD = halves.token(params['token'], x_TBVD)
-  x_TBVD = constraint_half(
+  constraint = halves.constraint or constraint_half
+  x_TBVD = constraint(
     params['constraint'], x_TBVD, families=families, box=box, pool=pool
   )
   return halves.channel(params['channel'], x_TBVD)
@@ -151,12 +150,32 @@ def _split(x, families):
   return jnp.split(x, len(families), axis=-1)
 
 
-def _pooled(weights, x, families, pool):
-  """Each family's values, with size 1 along the axes pooled over.
+def _grid(x_TBVD, box):
+  """Axes of a state by `FAMILIES`."""
+  return (box[1], box[0], box[0], box[1], *x_TBVD.shape[1:])
+
+
+def pooled(
+  params: Mapping[str, Array],
+  x_TBVD: Array,
+  *,
+  families: tuple[str, ...],
+  box: tuple[int, int],
+  pool: str,
+) -> list[Array]:
+  """Each family's values `[bands, rows, stacks, columns, B, V, P]`, with size 1
+  along the axes pooled over; arguments as in `constraint_half`.
 
   Values of all families come from one product, but for means, which are linear
   and so may be taken first: their products are small.
   """
+  weights = {name: value.astype(x_TBVD.dtype) for name, value in params.items()}
+  x = x_TBVD.reshape(_grid(x_TBVD, box))
+  members = [FAMILIES[name] for name in families]
+  return _pooled(weights, x, members, pool)
+
+
+def _pooled(weights, x, families, pool):
   up, width = weights['up'], x.shape[-1]
   if pool == 'mean':
     return [

@@ -188,11 +188,15 @@ def attention_half(
 
 
 class Halves(NamedTuple):
-  """The programs of the halves: `(params of the half, x_TBD) -> x_TBD`."""
+  """The programs of the halves: `(params of the half, x_TBD) -> x_TBD`.
+
+  `constraint` is that of `symmetric_block`, None for its own.
+  """
 
   token: Callable[..., Array] = token_half
   channel: Callable[..., Array] = channel_half
   attention: Callable[..., Array] = attention_half
+  constraint: Callable[..., Array] | None = None
 
 
 def apply(

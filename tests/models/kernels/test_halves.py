@@ -28,15 +28,22 @@ def test_block_of_fused_halves_is_the_plain_block(kind):
   )
 
 
-def test_sizes_that_do_not_fit_run_plain():
+def test_sizes_that_do_not_fit_run_plain_unless_kernels_are_asked_for(
+  monkeypatch,
+):
   keys = jax.random.split(jax.random.key(0))
   params = trm_block.init(keys[0], 'mixer', tokens=9, width=12, multiple=8)
   x_TBD = jax.random.normal(keys[1], (9, 1, 12))
-  fused = halves.make(True, interpret=True)
+  monkeypatch.setattr(halves, 'on_one_hopper', lambda: True)
+  chosen = halves.make(interpret=True)
+  assert chosen != trm_block.Halves()
   chex.assert_trees_all_equal(
-    trm_block.apply(params, x_TBD, halves=fused),
+    trm_block.apply(params, x_TBD, halves=chosen),
     trm_block.apply(params, x_TBD),
   )
+  asked = halves.make(True, interpret=True)
+  with pytest.raises(ValueError, match='got'):
+    trm_block.apply(params, x_TBD, halves=asked)
 
 
 def test_model_of_fused_halves_has_the_gradient_of_the_plain_model():
@@ -70,5 +77,19 @@ def test_model_of_fused_halves_has_the_gradient_of_the_plain_model():
 
 
 def test_without_a_gpu_halves_are_plain():
-  assert halves.make() == trm_block.Halves()
+  assert not halves.on_one_hopper()
   assert halves.make(False) == trm_block.Halves()
+
+
+@pytest.mark.parametrize('axis', [None, 'devices'])
+def test_kernels_are_for_programs_of_one_device(monkeypatch, axis):
+  monkeypatch.setattr(halves.wide_product, 'available', lambda: True)
+  found = []
+
+  def program(x):
+    found.append(halves.on_one_hopper())
+    return x
+
+  x = jnp.ones([jax.device_count(), 3])
+  (jax.pmap(program, axis_name=axis) if axis else jax.jit(program))(x)
+  assert found[0] == bool(axis)

@@ -1,9 +1,15 @@
-"""Time and memory of the scans over time, forward and with their backward.
+r"""Time and memory of the scans over time, forward and with their backward.
 
   python -m recursive_weights.benchmarks.scans --kernel kimi_delta --length 4096
 
 prints one JSON line a kernel and algorithm: random inputs, gates near those of
-trained models, times of calls each waited for.
+trained models, times of calls each waited for. Arithmetic is that of the
+recurrence token by token, traffic that of inputs, outputs and their gradients
+once each; with the device's bandwidth, its share at this traffic.
+
+  python -m recursive_weights.benchmarks.scans --kernel kimi_delta rwkv6 \
+      --algorithm chunked fused --dtype bfloat16 --batch 8 --length 4096 \
+      --heads 16 --bandwidth 3350
 """
 
 import argparse
@@ -97,6 +103,29 @@ def measure(function, inputs: list, repeats: int) -> dict:
   }
 
 
+def rates(kernel: str, size, arguments, function, ms: float) -> dict:
+  """Arithmetic and least traffic of a call, and what they come to a second."""
+  outputs = jax.eval_shape(function, *arguments)
+  backward = isinstance(arguments[0], list)
+  moved = sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, outputs))
+  )
+  # A state of K V entries is read and written by two products a token, three
+  # in the delta rule; backward costs twice as much again.
+  products = 3 if kernel.endswith('delta') else 2
+  tokens = size.batch * size.length * size.heads
+  work = 2.0 * products * tokens * size.key_width * size.value_width
+  work *= 3 if backward else 1
+  found = {
+    'tflops': round(work / ms / 1e9, 2),
+    'gb_per_s': round(moved / ms / 1e6, 1),
+  }
+  if size.bandwidth:
+    share = found['gb_per_s'] / size.bandwidth
+    found['share_of_bandwidth'] = round(share, 4)
+  return found
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
@@ -106,7 +135,7 @@ def main() -> None:
     '--algorithm',
     nargs='+',
     default=list(chunks.ALGORITHMS),
-    choices=chunks.ALGORITHMS,
+    choices=(*chunks.ALGORITHMS, 'fused'),
   )
   parser.add_argument('--chunk', type=int, nargs='+', default=[64])
   parser.add_argument('--dtype', nargs='+', default=['float32'])
@@ -125,6 +154,12 @@ def main() -> None:
   )
   parser.add_argument('--precision', default='highest')
   parser.add_argument('--repeats', type=int, default=10)
+  parser.add_argument(
+    '--bandwidth',
+    type=float,
+    default=0.0,
+    help="the device's, GB/s; 0: unknown",
+  )
   flags = parser.parse_args()
   grid = itertools.product(
     flags.kernel, flags.dtype, flags.algorithm, flags.chunk
@@ -158,7 +193,12 @@ def main() -> None:
       'forward_backward': (jax.value_and_grad(total), [inputs]),
     }
     for name, (function, arguments) in cases.items():
-      found = measure(function, arguments, flags.repeats)
+      try:
+        found = measure(function, arguments, flags.repeats)
+      except (ValueError, jax.errors.JaxRuntimeError) as error:
+        line[f'{name}_failed'] = str(error)[:300]
+        continue
+      found |= rates(kernel, flags, arguments, function, found['ms'])
       line |= {f'{name}_{key}': value for key, value in found.items()}
     print(json.dumps(line), flush=True)
 

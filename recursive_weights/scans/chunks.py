@@ -43,6 +43,19 @@ class Inputs(NamedTuple):
   resets_BT: Array
 
 
+def recurrent(step, state: Array, tokens: tuple) -> tuple[Array, Array]:
+  """`step(state, *token) -> (y, state)` along axis 1 of every leaf."""
+
+  def body(state, token):
+    y, state = step(state, *token)
+    return state, y
+
+  last, y = jax.lax.scan(
+    body, state, tuple(jnp.moveaxis(x, 1, 0) for x in tokens)
+  )
+  return jnp.moveaxis(y, 0, 1), last
+
+
 def prepare(
   q_BTGK: Array,
   k_BTGK: Array,
@@ -130,10 +143,13 @@ def states(
   return state.astype(jnp.float32), fresh
 
 
-def choose(algorithm: str, chunk: int, length: int) -> int:
+def choose(
+  algorithm: str, chunk: int, length: int, kernels: tuple[str, ...] = ()
+) -> int:
   """The chunk to use for T tokens: no longer than they need."""
-  if algorithm not in ALGORITHMS:
-    raise ValueError(f'algorithm must be in {ALGORITHMS}, got {algorithm!r}')
+  known = ALGORITHMS + kernels
+  if algorithm not in known:
+    raise ValueError(f'algorithm must be in {known}, got {algorithm!r}')
   if chunk < 2 or chunk & (chunk - 1):
     raise ValueError(f'chunk must be a power of two > 1, got {chunk}')
   return min(chunk, 1 << max(length - 1, 1).bit_length())

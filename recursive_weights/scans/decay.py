@@ -18,6 +18,7 @@ The width K of the decays is the key width, or 1 where a head decays as one.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from recursive_weights.interfaces import Array, Tree
@@ -60,8 +61,12 @@ def anchors(
     exclusive: tokens read S_(t-1) (RWKV) and not S_t.
     fresh: also weigh the state that resets bring in.
   """
-  chunk = log_decay_CK.shape[-2]
-  resets_C1 = resets_C[..., None]
+  # One leading axis, see `_few_axes`.
+  chunk, width = log_decay_CK.shape[-2:]
+  lead = jnp.broadcast_shapes(log_decay_CK.shape[:-2], resets_C.shape[:-1])
+  log_decay_CK = jnp.broadcast_to(log_decay_CK, (*lead, chunk, width))
+  log_decay_CK = log_decay_CK.reshape(-1, chunk, width)
+  resets_C1 = jnp.broadcast_to(resets_C, (*lead, chunk)).reshape(-1, chunk, 1)
   kept_CK = jnp.where(resets_C1, -jnp.inf, log_decay_CK)
   barrier_C1 = jnp.where(resets_C1, -jnp.inf, 0.0)
 
@@ -94,7 +99,7 @@ def anchors(
   fresh_read_CK = born_CK
   if exclusive:
     fresh_read_CK = jnp.where(resets_C1, 1.0, _later(born_CK, 0.0))
-  return Anchors(
+  found = Anchors(
     pairs=tuple(pairs),
     read_CK=jnp.exp(where_read(prefix_CK, barrier_C1)),
     write_CK=jnp.exp(suffix_CK),
@@ -102,6 +107,7 @@ def anchors(
     fresh_read_CK=fresh_read_CK if fresh else None,
     fresh_whole_K=born_CK[..., -1, :] if fresh else None,
   )
+  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
 def scores(
@@ -120,10 +126,17 @@ def scores(
   """
   if decay.read_CK.shape[-1] == 1:
     # One decay a head leaves the sum over keys: one large product.
+    lead, rows = _few_axes([row for row, _ in decay.pairs])
+    _, columns = _few_axes([column for _, column in decay.pairs])
+    zeros_C = jnp.zeros((1, decay.read_CK.shape[-2]))
     decay_CC = assemble(
-      jnp.zeros_like(decay.read_CK[..., 0]),
-      [row * jnp.swapaxes(column, -1, -2) for row, column in decay.pairs],
+      zeros_C,
+      [
+        row * jnp.swapaxes(column, -1, -2)
+        for row, column in zip(rows, columns, strict=True)
+      ],
     )
+    decay_CC = decay_CC.reshape(*lead, *decay_CC.shape[-2:])
     plain_CC = product('...ck,...dk->...cd', q_CK, k_CK, dtype, precision)
     eye_CC = jnp.eye(q_CK.shape[-2], dtype=bool)
     eye_CC = eye_CC.reshape((1,) * (decay_CC.ndim - 2) + eye_CC.shape)
@@ -144,7 +157,11 @@ def blocks(
   """The scores below the diagonal, by level: `[..., pairs, block, block]`."""
   found = []
   scalar = decay.read_CK.shape[-1] == 1
+  # Fewer axes, see `_few_axes`: all but that over which heads share keys.
+  lead = jnp.broadcast_shapes(q_CK.shape[:-2], decay.read_CK.shape[:-2])
+  q_CK, k_CK = (_merge(x, lead, 2) for x in (q_CK, k_CK))
   for row, column in decay.pairs:
+    row, column = (_merge(x, lead, 3) for x in (row, column))
     size = row.shape[-2]
     q, k = _halves(_blocks(q_CK, size))[1], _halves(_blocks(k_CK, size))[0]
     if scalar:
@@ -154,15 +171,18 @@ def blocks(
       found.append(
         product('...ck,...dk->...cd', q * row, k * column, dtype, precision)
       )
-  return found
+  return [x.reshape(*lead, *x.shape[-3:]) for x in found]
 
 
 def assemble(diagonal_C: Array, below: list[Array]) -> Array:
   """The lower triangular matrix of a diagonal and the blocks below it."""
+  lead, below = _few_axes(below)
+  chunk = diagonal_C.shape[-1]
+  diagonal_C = jnp.broadcast_to(diagonal_C, (*lead, chunk)).reshape(-1, chunk)
   matrix = diagonal_C[..., None, None]
   for block in below:
     matrix = _join(matrix, block)
-  return matrix[..., 0, :, :]
+  return matrix.reshape(*lead, chunk, chunk)
 
 
 def inverse(below: list[Array], *, precision='highest') -> Array:
@@ -171,14 +191,14 @@ def inverse(below: list[Array], *, precision='highest') -> Array:
   Blocks double: inv([[a, 0], [l, b]]) = [[inv a, 0], [-inv b l inv a, inv b]],
   so no power of L is formed. float32.
   """
-  first = below[0]
-  lead, pairs = first.shape[:-3], first.shape[-3]
-  matrix = jnp.ones((*lead, 2 * pairs, 1, 1), jnp.float32)
+  lead, below = _few_axes(below)
+  batch, pairs = below[0].shape[:2]
+  matrix = jnp.ones((batch, 2 * pairs, 1, 1), jnp.float32)
   for block in below:
     before, after = _halves(matrix)
     middle = jnp.matmul(block, before, precision=precision)
     matrix = _join(matrix, -jnp.matmul(after, middle, precision=precision))
-  return matrix[..., 0, :, :]
+  return matrix.reshape(*lead, *matrix.shape[-2:])
 
 
 def product(spec: str, a: Array, b: Array, dtype, precision) -> Array:
@@ -190,6 +210,25 @@ def product(spec: str, a: Array, b: Array, dtype, precision) -> Array:
     precision=precision,
     preferred_element_type=jnp.float32,
   )
+
+
+def _merge(x: Array, lead: tuple[int, ...], tail: int) -> Array:
+  """Leading axes `[*lead[:-1], R or 1]` as `[product, R or 1]`."""
+  last = x.shape[-tail - 1 :] if x.ndim > tail else (1, *x.shape)
+  return jnp.broadcast_to(x, (*lead[:-1], *last)).reshape(-1, *last)
+
+
+def _few_axes(below: list[Array]) -> tuple[tuple[int, ...], list[Array]]:
+  """The leading axes of all blocks, and the blocks with one in their place.
+
+  In gradients of arrays of seven axes XLA's CPU backend (jaxlib 0.10.2) makes
+  programs that crash.
+  """
+  lead = jnp.broadcast_shapes(*(x.shape[:-3] for x in below))
+  return lead, [
+    jnp.broadcast_to(x, (*lead, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+    for x in below
+  ]
 
 
 def _later(x_CK: Array, first: float) -> Array:

@@ -54,7 +54,8 @@ def scan(
       (gated delta rule). No bound: 0 keeps, minus infinity forgets.
     beta_BTH: strength of the correction.
     state, fresh, resets, mask: see the package; states are `[B, H, K, V]`.
-    algorithm: 'chunked' or 'recurrent'.
+    algorithm: 'chunked', 'recurrent', or 'fused' (GPU kernels; K and V must be
+      powers of two from 16 to 256).
     chunk: tokens a chunk, a power of two; 32 suits CPUs, 64 GPUs and TPUs.
     precision: of products of float32; operands of 16 bits stay what they are,
       the inverse is always float32 at 'highest'.
@@ -65,31 +66,27 @@ def scan(
   Raises:
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
-  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1])
+  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1], kernels=('fused',))
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state, fresh, resets, mask
   )
   if algorithm == 'chunked':
     return _chunked(given, chunk, precision)[:2]
 
-  def body(state, token):
-    q, k, v, log_decay, beta, resets = token
-    y, state = step(
-      state,
-      *(q, k, v, log_decay, beta),
-      resets=resets,
-      fresh=given.fresh_BHKV,
-    )
-    return state, y
+  if algorithm == 'fused':
+    from recursive_weights.scans.kernels import matrix_state
+
+    return matrix_state.scan(given, delta=True, precision=precision)
+
+  def one(state, q, k, v, log_decay, beta, resets):
+    options = {'resets': resets, 'fresh': given.fresh_BHKV}
+    return step(state, q, k, v, log_decay, beta, **options)
 
   tokens = (
     *(given.q_BTGK, given.k_BTGK, given.v_BTHV),
     *(given.log_decay_BTHK, given.beta_BTH, given.resets_BT),
   )
-  last, y = jax.lax.scan(
-    body, given.state_BHKV, tuple(jnp.moveaxis(x, 1, 0) for x in tokens)
-  )
-  return jnp.moveaxis(y, 0, 1), last
+  return chunks.recurrent(one, given.state_BHKV, tokens)
 
 
 def prefill(

@@ -47,7 +47,8 @@ def scan(
       No bound: 0 keeps, minus infinity forgets.
     bonus_HK: RWKV-6's u; tokens then read the state before they write.
     state, fresh, resets, mask: see the package; states are `[B, H, K, V]`.
-    algorithm: 'chunked' or 'recurrent'.
+    algorithm: 'chunked', 'recurrent', or 'fused' (GPU kernels; K and V must be
+      powers of two from 16 to 256).
     chunk: tokens a chunk, a power of two; 32 suits CPUs, 64 GPUs and TPUs.
     precision: of products of float32; operands of 16 bits stay what they are.
 
@@ -57,32 +58,29 @@ def scan(
   Raises:
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
-  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1])
+  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1], kernels=('fused',))
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, None, state, fresh, resets, mask
   )
   if algorithm == 'chunked':
     return _chunked(given, bonus_HK, chunk, precision)[:2]
 
-  def body(state, token):
-    q, k, v, log_decay, resets = token
-    y, state = step(
-      state,
-      *(q, k, v, log_decay),
-      bonus_HK=bonus_HK,
-      resets=resets,
-      fresh=given.fresh_BHKV,
+  if algorithm == 'fused':
+    from recursive_weights.scans.kernels import matrix_state
+
+    return matrix_state.scan(
+      given, delta=False, bonus_HK=bonus_HK, precision=precision
     )
-    return state, y
+
+  def one(state, q, k, v, log_decay, resets):
+    options = {'resets': resets, 'fresh': given.fresh_BHKV}
+    return step(state, q, k, v, log_decay, bonus_HK=bonus_HK, **options)
 
   tokens = (
     *(given.q_BTGK, given.k_BTGK, given.v_BTHV),
     *(given.log_decay_BTHK, given.resets_BT),
   )
-  last, y = jax.lax.scan(
-    body, given.state_BHKV, tuple(jnp.moveaxis(x, 1, 0) for x in tokens)
-  )
-  return jnp.moveaxis(y, 0, 1), last
+  return chunks.recurrent(one, given.state_BHKV, tokens)
 
 
 def prefill(

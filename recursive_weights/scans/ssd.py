@@ -43,7 +43,8 @@ def scan(
     a_H: A <= 0.
     b_BTGN, c_BTGN: input and output maps of G groups, G a divisor of H.
     state, fresh, resets, mask: see the package; states are `[B, H, N, V]`.
-    algorithm: 'chunked' or 'recurrent'.
+    algorithm: 'chunked', 'recurrent', or 'fused' (GPU kernels; N and V must be
+      powers of two from 16 to 256).
     chunk: tokens a chunk, a power of two.
     precision: of products of float32; operands of 16 bits stay what they are.
 

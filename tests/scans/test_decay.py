@@ -126,3 +126,31 @@ def test_a_gate_of_minus_infinity_is_a_reset():
   np.testing.assert_array_equal(
     total(gates_CK, told), total(silent, jnp.zeros_like(told))
   )
+
+
+@pytest.mark.parametrize('width', [1, 32])
+def test_leading_axes_are_a_layout(width):
+  """Forward and backward, at sizes of a model, for heads that share keys."""
+  lead, chunk, keys = (2, 2, 1, 4), 32, 32
+  stream = np.random.default_rng(3)
+  gates = -stream.exponential(0.1, (*lead, chunk, width)).astype(np.float32)
+  q = stream.normal(size=(2, 2, 1, 1, chunk, keys)).astype(np.float32)
+  resets = stream.random((2, 2, 1, 1, chunk)) < 0.1
+
+  def total(gates, q, resets):
+    factors = decay.anchors(gates, resets, exclusive=True, fresh=True)
+    scores = decay.scores(q, q, factors, jnp.ones(gates.shape[:-1]))
+    return (scores**2).sum() + sum(
+      (x**2).sum() for x in jax.tree.leaves(factors)
+    )
+
+  slopes = jax.jit(jax.grad(total, (0, 1)))
+  whole = slopes(gates, q, resets)
+  each = [
+    slopes(gates[i, j, 0], q[i, j, 0], resets[i, j, 0])
+    for i in range(2)
+    for j in range(2)
+  ]
+  for found, parts in zip(whole, zip(*each, strict=True), strict=True):
+    expected = np.stack(parts).reshape(found.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,1 @@
+"""Scans as GPU kernels: the same signature as the plain form, its reference."""

@@ -1,0 +1,638 @@
+"""Linear attention and the delta rule as two GPU kernels.
+
+Chunks of 16 tokens. The first kernel runs on all of them at once and makes what
+depends on no state: decays between tokens, summed term by term (no difference
+of sums, so no gate needs a bound), scores, and for the delta rule the inverse
+of its triangle. The second goes from chunk to chunk, the state in registers.
+
+Backward, a third goes from the last chunk to the first with the gradient of the
+state, and a fourth takes all chunks at once back to the inputs. Kept for it are
+the state at the start of every chunk and what tokens wrote, in the dtype of v.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from recursive_weights.interfaces import Array
+from recursive_weights.scans import chunks
+
+CHUNK = 16
+
+
+class Plan(NamedTuple):
+  """What is known before a trace.
+
+  delta: the delta rule, else linear attention. exclusive: tokens read before
+  they write, but for their bonus. fresh: resets bring in a state. repeats:
+  heads of values for one of keys. precision: of products of float32. warps: of
+  a program without and with a state.
+  """
+
+  delta: bool
+  exclusive: bool
+  fresh: bool
+  repeats: int
+  precision: str
+  interpret: bool
+  warps: tuple[int, int] = (4, 8)
+
+
+def fits(given: chunks.Inputs) -> bool:
+  """Whether the kernels take these widths."""
+  widths = given.q_BTGK.shape[-1], given.v_BTHV.shape[-1]
+  return all(16 <= n <= 256 and n & (n - 1) == 0 for n in widths)
+
+
+def scan(
+  given: chunks.Inputs,
+  *,
+  delta: bool,
+  bonus_HK: Array | None = None,
+  precision: str = 'highest',
+  interpret: bool | None = None,
+) -> tuple[Array, Array]:
+  """Outputs `[B, T, H, V]` and the last state `[B, H, K, V]`.
+
+  Args:
+    given: checked inputs that `fits` takes.
+    delta: the delta rule; else linear attention, with RWKV-6's `bonus_HK`.
+    precision: of products of float32; the inverse is always at 'highest'.
+    interpret: run without a GPU, slowly; None: where there is none.
+
+  Raises:
+    ValueError: inputs that `fits` refuses.
+  """
+  batch, length, groups, keys = given.q_BTGK.shape
+  heads, values = given.v_BTHV.shape[2:]
+  if not fits(given):
+    raise ValueError(
+      "algorithm 'fused' takes widths that are powers of two from 16 to 256, "
+      f'got {keys} and {values}'
+    )
+  if interpret is None:
+    interpret = jax.default_backend() != 'gpu'
+  exclusive = bonus_HK is not None
+  fresh = given.fresh_BHKV
+  repeats = heads // groups
+  plan = Plan(
+    delta, exclusive, fresh is not None, repeats, precision, interpret
+  )
+  padded = -(-length // CHUNK) * CHUNK
+
+  def lay(x):
+    """`[B, T, H, ...]` to `[B H, T, ...]`, zeros after the last token."""
+    x = jnp.moveaxis(x, 2, 1).reshape(-1, length, *x.shape[3:])
+    after = ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2)
+    return jnp.pad(x, after)
+
+  wide = (batch, length, heads, keys)
+  resets_BTH = jnp.broadcast_to(given.resets_BT[..., None], wide[:3])
+  inputs = _Laid(
+    q=lay(given.q_BTGK),
+    k=lay(given.k_BTGK),
+    v=lay(given.v_BTHV),
+    g=lay(jnp.broadcast_to(given.log_decay_BTHK, wide)),
+    resets=lay(resets_BTH.astype(jnp.float32)),
+    state=given.state_BHKV.reshape(-1, keys, values),
+  )
+  if fresh is not None:
+    inputs = inputs._replace(fresh=fresh.reshape(-1, keys, values))
+  if delta:
+    inputs = inputs._replace(beta=lay(given.beta_BTH))
+  if bonus_HK is not None:
+    bonus = jnp.broadcast_to(bonus_HK[None], (batch, heads, keys))
+    bonus = bonus.astype(jnp.float32).reshape(-1, keys)
+    inputs = inputs._replace(bonus=bonus)
+  y, last = _scan(inputs, plan)
+  y = jnp.moveaxis(y[:, :length].reshape(batch, heads, length, values), 1, 2)
+  return y, last.reshape(batch, heads, keys, values)
+
+
+class _Laid(NamedTuple):
+  """Inputs by head, `[B H, T, ...]`; what a rule does not have is None."""
+
+  q: Array
+  k: Array
+  v: Array
+  g: Array
+  resets: Array
+  state: Array
+  fresh: Array | None = None
+  beta: Array | None = None
+  bonus: Array | None = None
+
+  def inside(self):
+    """What the kernels that know no state take."""
+    own = (self.q, self.k, self.g, self.resets, self.beta, self.bonus)
+    return [x for x in own if x is not None]
+
+  def states(self):
+    return [x for x in (self.state, self.fresh) if x is not None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scan(inputs, plan):
+  inside = _inside(inputs, plan)
+  return _along(inside, inputs, plan, False)[:2]
+
+
+def _scan_forward(inputs, plan):
+  inside = _inside(inputs, plan)
+  y, last, starts, *written = _along(inside, inputs, plan, True)
+  written = written[0] if plan.delta else inputs.v
+  return (y, last), (inputs, inside, starts, written)
+
+
+def _scan_backward(plan, saved, cotangents):
+  inputs, inside, starts, written = saved
+  dv, dstates, dinside = _back(
+    inside, inputs, written, starts, *cotangents, plan
+  )
+  dq, dk, dg, *rest = _inside_back(inputs, dinside, plan)
+  gradient = _Laid(dq, dk, dv, dg, jnp.zeros_like(inputs.resets), *dstates)
+  if plan.delta:
+    gradient = gradient._replace(beta=rest[0])
+  if plan.exclusive:
+    gradient = gradient._replace(bonus=rest[0].sum(1))
+  return (gradient,)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _call(kernel, name, out, grid, warps, stages, plan, *args):
+  return pl.pallas_call(
+    functools.partial(kernel, plan=plan),
+    out_shape=tuple(out),
+    grid=grid,
+    compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+    interpret=plan.interpret,
+    name=name,
+  )(*args)
+
+
+class _Chunk:
+  """A chunk of one head in a kernel, its decays summed term by term."""
+
+  def __init__(self, q_ref, k_ref, g_ref, reset_ref, plan):
+    self.head, index = pl.program_id(1), pl.program_id(0)
+    self.group = self.head // plan.repeats
+    self.first = index * CHUNK
+    here = pl.ds(self.first, CHUNK)
+    self.k_ref, self.g_ref, self.reset_ref = k_ref, g_ref, reset_ref
+    self.plan = plan
+    self.q = q_ref[self.group, here, :].astype(jnp.float32)
+    self.k = k_ref[self.group, here, :].astype(jnp.float32)
+    self.resets_C1 = reset_ref[self.head, here][:, None] > 0
+    self.born = g_ref[self.head, here, :]  # what a reset brings in decays by
+    self.g = jnp.where(self.resets_C1, -jnp.inf, self.born)
+    self.whole = jnp.exp(self.g.sum(0))
+    self.rows_C1 = jnp.arange(CHUNK)[:, None]
+    self.columns_1C = jnp.arange(CHUNK)[None, :]
+
+  def row(self, j):
+    """Key, log decay, and that of what a reset brings in, of token j.
+
+    `[1, K]` each; the last is minus infinity where token j is no reset.
+    """
+    at = self.first + j
+    key = self.k_ref[self.group, at, :].astype(jnp.float32)[None]
+    g = self.g_ref[self.head, at, :][None]
+    reset = self.reset_ref[self.head, at] > 0
+    return key, jnp.where(reset, -jnp.inf, g), jnp.where(reset, g, -jnp.inf)
+
+  def reading(self, j):
+    """Rows that read what token j writes."""
+    return self.rows_C1 > j if self.plan.exclusive else self.rows_C1 >= j
+
+  def fresh_shares(self, between, born, j):
+    """The share of a state that reset j brings in, in what each row reads."""
+    reads = self.reading(j)
+    if self.plan.exclusive:  # another reset's token reads what that brings in
+      reads &= ~self.resets_C1
+    return jnp.where(reads, jnp.exp(between + born), 0.0)
+
+  def earlier(self, between, g, j):
+    """Log decay from column j - 1 to each row, given that from column j."""
+    return jnp.where(self.reading(j), between + g, between)
+
+  def decays(self, visit=None, sums=()):
+    """Log decays from the start of the chunk to where each row reads, from
+    each row to the end; for the delta rule `k_i decay k_j` below the diagonal;
+    shares of fresh states in what each row reads. `visit(sums, j, seen)` sees
+    each column's decayed key."""
+    zeros = jnp.zeros_like(self.k)
+    shares = zeros
+    if self.plan.fresh and self.plan.exclusive:
+      shares = jnp.where(self.resets_C1, 1.0, zeros)
+
+    def body(step, loop):
+      between, after, below, shares, sums = loop
+      j = CHUNK - 1 - step
+      key, g, born = self.row(j)
+      seen = jnp.exp(between) * key
+      if visit is not None:
+        sums = visit(sums, j, seen)
+      if self.plan.delta:
+        column = (self.k * seen).sum(1)[:, None]
+        column = jnp.where(self.rows_C1 > j, column, 0.0)
+        below = jnp.where(self.columns_1C == j, column, below)
+      if self.plan.fresh:
+        shares += self.fresh_shares(between, born, j)
+      after = jnp.where(self.rows_C1 < j, after + g, after)
+      return self.earlier(between, g, j), after, below, shares, sums
+
+    below = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+    return jax.lax.fori_loop(
+      0, CHUNK, body, (zeros, zeros, below, shares, sums)
+    )
+
+  def fresh_ends(self, after):
+    """The share of what each row's reset brings in, at the end."""
+    return jnp.where(self.resets_C1, jnp.exp(self.born + after), 0.0)
+
+
+def _inside_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
+  refs = list(refs)
+  beta_ref = refs.pop(0) if plan.delta else None
+  bonus_ref = refs.pop(0) if plan.exclusive else None
+  read_ref, write_ref, whole_ref, score_ref, *refs = refs
+  head, index = pl.program_id(1), pl.program_id(0)
+  here = pl.ds(index * CHUNK, CHUNK)
+  at = _Chunk(q_ref, k_ref, g_ref, reset_ref, plan)
+  q, k = at.q, at.k
+  same = at.rows_C1 == at.columns_1C
+  own_CC = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+  old_q = q
+  if plan.exclusive:
+    own_C = (q * k * bonus_ref[head, :][None]).sum(1)
+    own_CC = jnp.where(same, own_C[:, None], 0.0)
+    # A reset keeps its token from reading all but its own.
+    old_q = jnp.where(at.resets_C1, 0.0, q)
+
+  def visit(score, j, seen):
+    column = jnp.where(at.reading(j), (old_q * seen).sum(1)[:, None], 0.0)
+    return jnp.where(at.columns_1C == j, column, score)
+
+  between, after, below, shares, score = at.decays(
+    visit, jnp.zeros_like(own_CC)
+  )
+  read = jnp.exp(between)
+  read_ref[head, here, :] = (old_q * read).astype(read_ref.dtype)
+  write_ref[head, here, :] = (k * jnp.exp(after)).astype(write_ref.dtype)
+  whole_ref[head, index, :] = at.whole
+  score_ref[head, here, :] = (score + own_CC).astype(score_ref.dtype)
+  if plan.delta:
+    old_ref, solve_ref, *refs = refs
+    beta = beta_ref[head, here]
+    solve = _inverse(beta[:, None] * below, same) * beta[None]
+    old = _dot(solve, k * read)
+    old_ref[head, here, :] = old.astype(old_ref.dtype)
+    solve_ref[head, here, :] = solve.astype(solve_ref.dtype)
+  if plan.fresh:
+    fresh_read_ref, fresh_whole_ref, *refs = refs
+    fresh_read_ref[head, here, :] = (q * shares).astype(read_ref.dtype)
+    fresh_whole_ref[head, index, :] = at.fresh_ends(after).sum(0)
+    if plan.delta:
+      old = _dot(solve, k * shares)
+      refs[0][head, here, :] = old.astype(read_ref.dtype)
+
+
+def _inverse(below, same):
+  """`(I + L)^-1 = (I - L)(I + L^2)(I + L^4)(I + L^8)`, as L^16 = 0."""
+  eye = jnp.where(same, 1.0, 0.0)
+  power = _dot(below, below)
+  result = eye - below
+  for _ in range(3):
+    result = result + _dot(result, power)
+    power = _dot(power, power)
+  return result
+
+
+def _dot(a, b, precision='highest'):
+  """`a b` with sums in float32; `precision` is of factors in float32."""
+  if jax.default_backend() == 'cpu':
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  wide = a.dtype == jnp.float32 and b.dtype == jnp.float32
+  return jnp.dot(
+    a,
+    b,
+    precision=precision if wide else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def _inside(inputs, plan):
+  """Of every chunk: `q` and `k` with their decays to its start and end, its
+  whole decay, scores `[C, C]`; for the delta rule `M E K` and `M`; for a fresh
+  state its shares in what is read, at the end, and in `M E K`."""
+  heads, length, keys = inputs.g.shape
+  count = length // CHUNK
+
+  def like(*shape, dtype=inputs.v.dtype):
+    return jax.ShapeDtypeStruct((heads, *shape), dtype)
+
+  out = [
+    like(length, keys),
+    like(length, keys),
+    like(count, keys, dtype=jnp.float32),
+    like(length, CHUNK),
+  ]
+  if plan.delta:
+    out += [like(length, keys), like(length, CHUNK)]
+  if plan.fresh:
+    out += [like(length, keys), like(count, keys, dtype=jnp.float32)]
+    out += [like(length, keys)] * plan.delta
+  grid, warps, args = (count, heads), plan.warps[0], inputs.inside()
+  return _call(_inside_kernel, 'scan_inside', out, grid, warps, 1, plan, *args)
+
+
+def _along_kernel(*refs, plan):
+  inside, refs = _Inside.of(refs, plan)
+  dot = functools.partial(_dot, precision=plan.precision)
+  v_ref, state_ref, *refs = refs
+  fresh = None
+  if plan.fresh:
+    fresh_ref, *refs = refs
+    fresh = fresh_ref[pl.program_id(0), :, :]
+  y_ref, last_ref, *kept_refs = refs
+  head = pl.program_id(0)
+
+  def body(index, state):
+    here = pl.ds(index * CHUNK, CHUNK)
+    narrow = state.astype(v_ref.dtype)
+    written = v_ref[head, here, :]
+    if plan.delta:
+      written = dot(inside.solve[head, here, :], written)
+      written -= dot(inside.old[head, here, :], narrow)
+      if plan.fresh:
+        written -= dot(
+          inside.fresh_old[head, here, :], fresh.astype(v_ref.dtype)
+        )
+      written = written.astype(v_ref.dtype)
+    y = dot(inside.read[head, here, :], narrow)
+    y += dot(inside.score[head, here, :], written)
+    if kept_refs:
+      kept_refs[0][head, index, :, :] = narrow
+    if kept_refs[1:]:
+      kept_refs[1][head, here, :] = written
+    state = inside.whole[head, index, :][:, None] * state
+    if plan.fresh:
+      y += dot(inside.fresh_read[head, here, :], fresh.astype(v_ref.dtype))
+      state += inside.fresh_whole[head, index, :][:, None] * fresh
+    y_ref[head, here, :] = y.astype(y_ref.dtype)
+    return state + dot(inside.write[head, here, :].T, written)
+
+  state = state_ref[head, :, :].astype(jnp.float32)
+  count = inside.whole.shape[1]
+  last_ref[head, :, :] = jax.lax.fori_loop(0, count, body, state)
+
+
+class _Inside(NamedTuple):
+  """What `_inside` gives, or references to it, by name."""
+
+  read: Any
+  write: Any
+  whole: Any
+  score: Any
+  old: Any = None
+  solve: Any = None
+  fresh_read: Any = None
+  fresh_whole: Any = None
+  fresh_old: Any = None
+
+  @classmethod
+  def of(cls, refs, plan):
+    """From the first of some, and the others."""
+    names = cls._fields[:4] + cls._fields[4:6] * plan.delta
+    names += cls._fields[6:8] * plan.fresh
+    names += cls._fields[8:] * (plan.fresh and plan.delta)
+    found = dict(zip(names, refs, strict=False))
+    return cls(**found), refs[len(names) :]
+
+
+@functools.partial(jax.jit, static_argnames=('plan', 'keep'))
+def _along(inside, inputs, plan, keep):
+  """Outputs and the last state; kept: starts, and what the delta rule wrote."""
+  v, state = inputs.v, inputs.state
+  like_v = jax.ShapeDtypeStruct(v.shape, v.dtype)
+  out = [like_v, jax.ShapeDtypeStruct(state.shape, jnp.float32)]
+  if keep:
+    heads, *sizes = state.shape
+    count = v.shape[1] // CHUNK
+    out.append(jax.ShapeDtypeStruct((heads, count, *sizes), v.dtype))
+    out += [like_v] * plan.delta
+  args = (*inside, v, *inputs.states())
+  grid, warps = v.shape[:1], plan.warps[1]
+  return _call(_along_kernel, 'scan_along', out, grid, warps, 2, plan, *args)
+
+
+def _back_kernel(*refs, plan):
+  inside, refs = _Inside.of(refs, plan)
+  dot = functools.partial(_dot, precision=plan.precision)
+  fresh = fresh_ref = None
+  if plan.fresh:
+    fresh_ref, *refs = refs
+    fresh = fresh_ref[pl.program_id(0), :, :]
+  v_ref, written_ref, start_ref, dy_ref, dlast_ref, dv_ref, *refs = refs
+  dstate_ref, *refs = refs
+  if plan.fresh:
+    dfresh_ref, *refs = refs
+  grads, _ = _Inside.of(refs, plan)
+  head, count = pl.program_id(0), inside.whole.shape[1]
+  dtype = v_ref.dtype
+
+  def body(step, sums):
+    dstate, dfresh = sums
+    index = count - 1 - step
+    here = pl.ds(index * CHUNK, CHUNK)
+    start = start_ref[head, index, :, :]
+    dy = dy_ref[head, here, :]
+    written = written_ref[head, here, :]
+    narrow = dstate.astype(dtype)
+    grads.read[head, here, :] = dot(dy, start.T)
+    grads.write[head, here, :] = dot(written, narrow.T)
+    grads.whole[head, index, :] = (dstate * start.astype(jnp.float32)).sum(1)
+    grads.score[head, here, :] = dot(dy, written.T)
+    dwritten = dot(inside.score[head, here, :].T, dy)
+    dwritten += dot(inside.write[head, here, :], narrow)
+    if plan.fresh:
+      share = inside.fresh_whole[head, index, :][:, None]
+      grads.fresh_whole[head, index, :] = (dstate * fresh).sum(1)
+      grads.fresh_read[head, here, :] = dot(dy, fresh.astype(dtype).T)
+      dfresh += share * dstate
+      dfresh += dot(inside.fresh_read[head, here, :].T, dy)
+    dstate = inside.whole[head, index, :][:, None] * dstate
+    dstate += dot(inside.read[head, here, :].T, dy)
+    if plan.delta:
+      dwritten = dwritten.astype(dtype)
+      grads.old[head, here, :] = -dot(dwritten, start.T)
+      grads.solve[head, here, :] = dot(dwritten, v_ref[head, here, :].T)
+      dstate -= dot(inside.old[head, here, :].T, dwritten)
+      if plan.fresh:
+        dold = -dot(dwritten, fresh.astype(dtype).T)
+        grads.fresh_old[head, here, :] = dold
+        dfresh -= dot(inside.fresh_old[head, here, :].T, dwritten)
+      dwritten = dot(inside.solve[head, here, :].T, dwritten)
+    dv_ref[head, here, :] = dwritten.astype(dv_ref.dtype)
+    return dstate, dfresh
+
+  dlast = dlast_ref[head, :, :].astype(jnp.float32)
+  dfresh = jnp.zeros_like(dlast) if plan.fresh else 0.0
+  dstate, dfresh = jax.lax.fori_loop(0, count, body, (dlast, dfresh))
+  dstate_ref[head, :, :] = dstate
+  if plan.fresh:
+    dfresh_ref[head, :, :] = dfresh
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def _back(inside, inputs, written, starts, dy, dlast, plan):
+  """Gradients of v, of the states and of what `_inside` gives."""
+  v = inputs.v
+  states = inputs.states()
+  wide = [
+    jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (*states, *inside)
+  ]
+  out = [jax.ShapeDtypeStruct(v.shape, v.dtype), *wide]
+  args = (*inside, *states[1:], v, written, starts, dy, dlast)
+  grid, warps = v.shape[:1], plan.warps[1]
+  dv, *rest = _call(_back_kernel, 'scan_back', out, grid, warps, 1, plan, *args)
+  return dv, rest[: len(states)], rest[len(states) :]
+
+
+def _inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
+  refs = list(refs)
+  beta_ref = refs.pop(0) if plan.delta else None
+  bonus_ref = refs.pop(0) if plan.exclusive else None
+  grads, refs = _Inside.of(refs, plan)
+  dq_ref, dk_ref, dg_ref, *refs = refs
+  head, index = pl.program_id(1), pl.program_id(0)
+  here = pl.ds(index * CHUNK, CHUNK)
+  at = _Chunk(q_ref, k_ref, g_ref, reset_ref, plan)
+  q, k, rows_C1, columns_1C = at.q, at.k, at.rows_C1, at.columns_1C
+  same = rows_C1 == columns_1C
+  dscore = grads.score[head, here, :]
+  dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
+  old_q = q
+  if plan.exclusive:
+    bonus = bonus_ref[head, :][None]
+    own_C1 = jnp.where(same, dscore, 0.0).sum(1)[:, None]
+    dq, dk = own_C1 * k * bonus, own_C1 * q * bonus
+    refs[0][head, index, :] = (own_C1 * q * k).sum(0)
+    old_q = jnp.where(at.resets_C1, 0.0, q)
+
+  between, after, below, shares, _ = at.decays()
+  read, write = jnp.exp(between), jnp.exp(after)
+  dold_q = grads.read[head, here, :] * read
+  dwrite = grads.write[head, here, :] * write
+  dk += dwrite
+  dprefix, dsuffix = dold_q * old_q, dwrite * k
+  dbelow = jnp.zeros_like(dscore)
+  # Gradients of fresh states' shares, and of the decays at their resets.
+  dshares, dborn = jnp.zeros_like(q), jnp.zeros_like(q)
+  if plan.fresh:
+    dfresh_read = grads.fresh_read[head, here, :]
+    dq += dfresh_read * shares
+    dshares = dfresh_read * q
+    dends = grads.fresh_whole[head, index, :][None] * at.fresh_ends(after)
+    dborn += dends
+    dsuffix += dends
+  if plan.delta:
+    beta = beta_ref[head, here]
+    inverse = _inverse(beta[:, None] * below, same)
+    solve = inverse * beta[None]
+    dold = grads.old[head, here, :]
+    dsolve = grads.solve[head, here, :]
+    dsolve += _dot(dold, (k * read).T)
+    decayed = _dot(solve.T, dold) * read
+    dk += decayed
+    dprefix += decayed * k
+    if plan.fresh:
+      dold = grads.fresh_old[head, here, :]
+      dsolve += _dot(dold, (k * shares).T)
+      dold = _dot(solve.T, dold)
+      dk += dold * shares
+      dshares += dold * k
+    dinverse = dsolve * beta[None]
+    dlower = -_dot(_dot(inverse.T, dinverse), inverse.T)
+    dlower = jnp.where(rows_C1 > columns_1C, dlower, 0.0)
+    dbeta = (dsolve * inverse).sum(0) + (dlower * below).sum(1)
+    refs[0][head, here] = dbeta
+    dbelow = beta[:, None] * dlower
+
+  def body(step, sums):
+    between, dold_q, dk, dborn, of_rows, late_columns = sums
+    j = CHUNK - 1 - step
+    key, g, born = at.row(j)
+    decay = jnp.exp(between)
+    late, here_j = rows_C1 > j, rows_C1 == j
+    column = columns_1C == j
+    dscore_C1 = jnp.where(column & at.reading(j), dscore, 0.0)
+    dscore_C1 = dscore_C1.sum(1)[:, None]
+    dbelow_C1 = jnp.where(column, dbelow, 0.0).sum(1)[:, None]
+    dold_q += dscore_C1 * decay * key
+    dk += dbelow_C1 * decay * key
+    pairs = (dscore_C1 * old_q + dbelow_C1 * k) * decay
+    dk += jnp.where(here_j, pairs.sum(0)[None], 0.0)
+    pairs = pairs * key
+    if plan.fresh:
+      brought = dshares * at.fresh_shares(between, born, j)
+      dborn += jnp.where(here_j, brought.sum(0)[None], 0.0)
+      pairs += brought
+    # Token i = j sees itself undecayed.
+    of_rows += jnp.where(late, pairs, 0.0)
+    late_columns = jnp.where(here_j, of_rows.sum(0)[None], late_columns)
+    between = at.earlier(between, g, j)
+    return between, dold_q, dk, dborn, of_rows, late_columns
+
+  zeros = jnp.zeros_like(q)
+  _, dold_q, dk, dborn, of_rows, late_columns = jax.lax.fori_loop(
+    0, CHUNK, body, (zeros, dold_q, dk, dborn, zeros, zeros)
+  )
+  # g_m decays every pair j < m <= i (m < i where tokens read first): all
+  # pairs of rows from m on, but for those whose column is not before m.
+  onward = columns_1C > rows_C1 if plan.exclusive else columns_1C >= rows_C1
+  onward = jnp.where(onward, 1.0, 0.0)
+  before = jnp.where(columns_1C < rows_C1, 1.0, 0.0)
+  dg = _dot(onward, of_rows + dprefix) - late_columns
+  dg += _dot(before, dsuffix)
+  dg += (grads.whole[head, index, :] * at.whole)[None]
+  # What a gate shut entirely decays is zero; sums in another order are not.
+  dg_ref[head, here, :] = jnp.where(at.g == -jnp.inf, 0.0, dg) + dborn
+  dq += jnp.where(at.resets_C1, 0.0, dold_q) if plan.exclusive else dold_q
+  dq_ref[head, here, :] = dq.astype(dq_ref.dtype)
+  dk_ref[head, here, :] = dk.astype(dk_ref.dtype)
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def _inside_back(inputs, dinside, plan):
+  """Gradients of q, k, g, and of beta or, by chunk, of the bonus."""
+  heads, length, keys = inputs.g.shape
+  count = length // CHUNK
+
+  def like(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((heads, *shape), dtype)
+
+  dtype = inputs.q.dtype if plan.repeats == 1 else jnp.float32
+  out = [like(length, keys, dtype=dtype)] * 2 + [like(length, keys)]
+  if plan.delta:
+    out.append(like(length))
+  if plan.exclusive:
+    out.append(like(count, keys))
+  args = (*inputs.inside(), *dinside)
+  grid, warps = (count, heads), plan.warps[0]
+  dq, dk, *rest = _call(
+    _inside_back_kernel, 'scan_inside_back', out, grid, warps, 1, plan, *args
+  )
+
+  def shared(x, like):
+    """Sums over the heads of values that a head of keys serves."""
+    return x.reshape(-1, plan.repeats, *x.shape[1:]).sum(1).astype(like.dtype)
+
+  return shared(dq, inputs.q), shared(dk, inputs.k), *rest

@@ -1,0 +1,151 @@
+"""The scans as GPU kernels: the values and gradients of the recurrence."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recursive_weights.scans import delta_rule, linear_attention
+
+B, T, H, K, V = 2, 37, 2, 16, 32
+RULES = {
+  # Module, heads of keys, width of the decays, and what else it takes.
+  'gated_linear': (linear_attention, H, K, ()),
+  'rwkv6': (linear_attention, H, K, ('bonus_HK',)),
+  'gated_delta': (delta_rule, 1, 1, ('beta',)),
+  'kimi_delta': (delta_rule, H, K, ('beta',)),
+}
+GATES = {
+  'open': lambda key, shape: jnp.zeros(shape),
+  'tame': lambda key, shape: -0.05 * jax.random.exponential(key, shape),
+  'violent': lambda key, shape: -80 * jax.random.exponential(key, shape),
+  'shut': lambda key, shape: jnp.where(
+    jax.random.bernoulli(key, 0.2, shape), -jnp.inf, 0.0
+  ),
+}
+
+
+def inputs_of(rule, gates, dtype=jnp.float32, fresh=False):
+  _, groups, width, extra = RULES[rule]
+  keys = jax.random.split(jax.random.key(0), 7)
+  q, k = jax.random.normal(keys[0], (2, B, T, groups, K))
+  k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+  v = jax.random.normal(keys[1], (B, T, H, V))
+  given = {
+    'q': q.astype(dtype),
+    'k': k.astype(dtype),
+    'v': v.astype(dtype),
+    'g': GATES[gates](keys[2], (B, T, H, width)),
+    'state': jax.random.normal(keys[3], (B, H, K, V)),
+  }
+  if fresh:
+    given['fresh'] = jax.random.normal(keys[6], (H, K, V))
+  if 'beta' in extra:
+    given['beta'] = jax.nn.sigmoid(jax.random.normal(keys[4], (B, T, H)))
+  if 'bonus_HK' in extra:
+    given['bonus_HK'] = jax.random.normal(keys[5], (H, K))
+  return given
+
+
+def flags_of():
+  """A reset at a chunk's start, inside one, twice in one; masked tokens."""
+  resets, mask = np.zeros((B, T), bool), np.ones((B, T), bool)
+  resets[0, [5]] = True
+  resets[1, [16, 30, 33]] = True
+  mask[0, 35:] = False
+  return {'resets': jnp.asarray(resets), 'mask': jnp.asarray(mask)}
+
+
+@functools.cache
+def program(rule, algorithm):
+  """Outputs, last state, and gradients of every input; compiled once."""
+  module, _, width, _ = RULES[rule]
+
+  def total(given, flags):
+    given = dict(given)
+    g = given.pop('g')
+    if width == 1:
+      g = g[..., 0]
+    args = [given.pop(name) for name in 'qkv'] + [g]
+    if 'beta' in given:
+      args.append(given.pop('beta'))
+    y, state = module.scan(*args, **given, **flags, algorithm=algorithm)
+    weights = (jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in (y, state))
+    sums = ((x * w).sum() for x, w in zip((y, state), weights, strict=True))
+    return sum(sums), (y, state)
+
+  return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def distances(found, expected):
+  """`|a - b| / (|b| + 0.1)` leaf by leaf; all must be finite."""
+
+  def one(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.isfinite(a).all()
+    return np.linalg.norm(a - b) / (np.linalg.norm(b) + 0.1)
+
+  return jax.tree.map(one, found, expected)
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('gates', GATES)
+def test_fused_is_recurrent(rule, gates):
+  given, flags = inputs_of(rule, gates), flags_of()
+  (_, outputs), gradients = program(rule, 'fused')(given, flags)
+  (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
+  assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
+  assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
+  at_resets = np.asarray(gradients['g'])[np.asarray(flags['resets'])]
+  assert not at_resets.any()
+
+
+@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('gates', ['tame', 'shut'])
+def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
+  given, flags = inputs_of(rule, gates, fresh=True), flags_of()
+  (_, outputs), gradients = program(rule, 'fused')(given, flags)
+  (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
+  assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
+  assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
+  assert np.asarray(gradients['fresh']).any()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('rule', ['rwkv6', 'kimi_delta'])
+def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule):
+  given, flags = inputs_of(rule, 'tame', jnp.bfloat16), flags_of()
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+  exact = program(rule, 'recurrent')(wide, flags)
+  ours, plain = (
+    distances(program(rule, name)(given, flags), exact)
+    for name in ('fused', 'chunked')
+  )
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+    # States are kept and read in 16 bits, which the plain form's are not.
+    assert a < 2 * b + 5e-3
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_kernels_lower_for_a_gpu(rule, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  given = inputs_of(rule, 'tame', jnp.bfloat16, fresh=True)
+  program.cache_clear()
+  try:
+    lowered = program(rule, 'fused').trace(given, flags_of())
+    text = lowered.lower(lowering_platforms=('cuda',)).as_text()
+  finally:
+    program.cache_clear()
+  names = ('scan_inside', 'scan_along', 'scan_back', 'scan_inside_back')
+  assert all(re.search(rf'\b{name}\b', text) for name in names)
+
+
+def test_what_does_not_fit_is_named():
+  given = inputs_of('gated_linear', 'tame')
+  args = [given[name] for name in ('q', 'k', 'v', 'g')]
+  args[2] = args[2][..., :24]
+  with pytest.raises(ValueError, match='got 16 and 24'):
+    linear_attention.scan(*args, algorithm='fused')

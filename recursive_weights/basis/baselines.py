@@ -3,14 +3,20 @@
 Each returns `w_EDV`, so a member predicts `q W_i` as with a basis.
 """
 
+import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
-from jax.scipy.sparse.linalg import cg
 
 from recursive_weights.basis.clusters import Clusters
-from recursive_weights.basis.objective import einsum, laplacian
+from recursive_weights.basis.objective import (
+  Objective,
+  einsum,
+  laplacian,
+  rows,
+)
 from recursive_weights.interfaces import Array, UserError
 
 Kernel = Literal['gaussian', 'laplacian', 'matern32', 'matern52']
@@ -115,14 +121,17 @@ def graph_laplacian(
   *,
   strength: float = 0.1,
   ridge: float = 1e-4,
-  iterations: int = 200,
-  tolerance: float = 1e-6,
 ) -> Array:
   """Members coupled by a graph, with no basis.
 
     min Σ_it w |q W_i - a|² + strength Σ_ij S_ij |W_i - W_j|² / 2 + ridge |W|²
 
-  = `+ strength tr Wᵀ L W`, by conjugate gradients on all members' weights.
+  = `+ strength tr Wᵀ L W`. Exact, by the system of the N = E T questions:
+
+    W_i = Σ_j M_ij Σ_t q_jtᵀ z_jt,  M = (ridge I + strength L)^-1,
+    (M_i(n)i(m) q_n · q_m + I) z = a
+
+  A member without questions gets what its neighbours have.
 
   Source: UnifyWeaver, smoothness regularisation ('unified').
 
@@ -133,25 +142,60 @@ def graph_laplacian(
   if strength < 0:
     raise UserError(f'strength must be >= 0, got {strength}')
   q_ETD, a_ETV, weight_ET = clusters
-  graph_EE = laplacian(similarity_EE)
-  cross_EDV = einsum('etd,et,etv->edv', q_ETD, weight_ET, a_ETV)
+  members, questions = weight_ET.shape
+  penalty_EE = ridge * jnp.eye(members) + strength * laplacian(similarity_EE)
+  near_EE = cho_solve(cho_factor(penalty_EE), jnp.eye(members))
+  root_ET1 = jnp.sqrt(weight_ET)[..., None]
+  q_ND = (root_ET1 * q_ETD).reshape(members * questions, -1)
+  a_NV = (root_ET1 * a_ETV).reshape(members * questions, -1)
+  member_N = jnp.repeat(jnp.arange(members), questions)
+  system_NN = near_EE[member_N][:, member_N] * einsum('nd,md->nm', q_ND, q_ND)
+  factor = cho_factor(system_NN + jnp.eye(members * questions))
+  z_ETV = root_ET1 * cho_solve(factor, a_NV).reshape(a_ETV.shape)
+  own_EDV = einsum('etd,etv->edv', q_ETD, z_ETV)
+  return einsum('ef,fdv->edv', near_EE, own_EDV)
 
-  def apply(w_EDV):
-    p_ETV = einsum('etd,edv->etv', q_ETD, w_EDV)
-    data_EDV = einsum('etd,et,etv->edv', q_ETD, weight_ET, p_ETV)
-    pull_EDV = einsum('ef,fdv->edv', graph_EE, w_EDV)
-    return data_EDV + strength * pull_EDV + ridge * w_EDV
 
-  square_ED = einsum('et,etd->ed', weight_ET, q_ETD**2)
-  degree_E1 = jnp.diagonal(graph_EE)[:, None]
-  diagonal_ED = square_ED + strength * degree_E1 + ridge
-  return cg(
-    apply,
-    cross_EDV,
-    tol=tolerance,
-    maxiter=iterations,
-    M=lambda x_EDV: x_EDV / diagonal_ED[..., None],
-  )[0]
+def gradient(
+  clusters: Clusters,
+  *,
+  cosine: float = 0.5,
+  rate: float = 0.5,
+  steps: int = 100,
+) -> Array:
+  """Gradient descent from `W_i = 0`, each member for itself.
+
+    W <- W - rate ∂/∂W mean_t ((1 - λ) |q W - a|² + λ (1 - cos(q W, a)))
+
+  In the span of a member's questions: `W_i = qᵀ z`, so a step costs `E T² V`.
+  At 0 the cosine has no gradient: the first step is the squared error's.
+
+  Raises:
+    UserError: cosine not in [0, 1), rate or steps not positive.
+  """
+  _positive(rate=rate, steps=steps)
+  if not 0 <= cosine < 1:
+    raise UserError(f'cosine must be in [0, 1), got {cosine}')
+  z_ETV = _descend(Objective(cosine), clusters, rate, steps)
+  return einsum('etd,etv->edv', clusters.q_ETD, z_ETV)
+
+
+# The number of steps is not static: one program for all settings.
+@functools.partial(jax.jit, static_argnums=0)
+def _descend(objective, clusters, rate, steps):
+  q_ETD, a_ETV, weight_ET = clusters
+  inner_ETT = einsum('etd,esd->ets', q_ETD, q_ETD)
+  share_ET = weight_ET / jnp.maximum(weight_ET.sum(-1), _TINY)[:, None]
+
+  def value(p_ETV):
+    return jnp.sum(share_ET * rows(objective, p_ETV, a_ETV))
+
+  def body(_, z_ETV):
+    p_ETV = einsum('ets,esv->etv', inner_ETT, z_ETV)
+    return z_ETV - rate * jax.grad(value)(p_ETV)
+
+  first_ETV = 2 * (1 - objective.cosine) * share_ET[..., None] * a_ETV
+  return jax.lax.fori_loop(1, steps, body, rate * first_ETV)
 
 
 def kernel(

@@ -23,13 +23,16 @@ class Clusters(NamedTuple):
   weight_ET: Array
 
 
-def group(q_BD, a_BV, member_B, size: int | None = None) -> Clusters:
+def group(
+  q_BD, a_BV, member_B, size: int | None = None, *, allow_empty: bool = False
+) -> Clusters:
   """Clusters from rows and the number of each row's cluster.
 
   Args:
     q_BD, a_BV: embeddings of questions and answers, finite.
     member_B: integers `0 .. E - 1`; rows of a cluster keep their order.
     size: E; None for `max(member_B) + 1`.
+    allow_empty: clusters may have no question.
 
   Raises:
     UserError: shapes disagree, a number is not finite, a member is out of
@@ -57,7 +60,8 @@ def group(q_BD, a_BV, member_B, size: int | None = None) -> Clusters:
       f'{member_B.max()}'
     )
   count_E = np.bincount(member_B, minlength=size)
-  if empty := np.flatnonzero(count_E == 0).tolist():
+  empty = np.flatnonzero(count_E == 0).tolist()
+  if empty and not allow_empty:
     raise UserError(
       f'every cluster must have a question, got none in {empty}; leave them out'
     )

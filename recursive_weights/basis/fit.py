@@ -17,7 +17,7 @@ from recursive_weights.basis.objective import (
 )
 from recursive_weights.interfaces import Array, Metrics, UserError
 
-Solver = Literal['auto', 'direct', 'cg', 'gradient']
+Solver = Literal['auto', 'direct', 'dual', 'cg', 'gradient']
 
 
 class State(NamedTuple):
@@ -66,10 +66,11 @@ def make(
 
   Args:
     objective: from `objective.make`.
-    solver: of the basis. 'direct' and 'cg' are exact least squares, for the
-      squared error alone; 'gradient' follows `optimizer`; 'auto' takes
-      'gradient' where the cosine counts, else 'direct' up to `direct_limit`.
-    direct_limit: largest R D for a Cholesky factor.
+    solver: of the basis. 'direct', 'dual' and 'cg' are exact least squares, for
+      the squared error alone; 'gradient' follows `optimizer`; 'auto' takes
+      'gradient' where the cosine counts, 'dual' where questions are fewer than
+      half of R D and there is a ridge, else 'direct' up to `direct_limit`.
+    direct_limit: largest R D, or number of questions, for a Cholesky factor.
     iterations: of conjugate and proximal gradients.
     sweeps: Gauss-Newton steps of the coefficients where the cosine counts.
     orthonormalise_every: steps between orthonormalisations; 0 is never. Norms
@@ -88,11 +89,11 @@ def make(
   Raises:
     UserError: a field out of range; least squares asked of the cosine.
   """
-  if solver not in ('auto', 'direct', 'cg', 'gradient'):
+  if solver not in ('auto', 'direct', 'dual', 'cg', 'gradient'):
     raise UserError(
-      f'solver must be one of auto, direct, cg, gradient, got {solver!r}'
+      f'solver must be one of auto, direct, dual, cg, gradient, got {solver!r}'
     )
-  if objective.cosine and solver in ('direct', 'cg'):
+  if objective.cosine and solver in ('direct', 'dual', 'cg'):
     raise UserError(
       f'solver {solver} is exact least squares, so cosine must be 0, got '
       f"{objective.cosine}; take 'gradient'"
@@ -150,6 +151,10 @@ def make(
       )
       falls = jnp.sum(change_RDV * gradient_RDV) < 0
       return jnp.where(falls, change_RDV, -gradient_RDV), new
+    questions = clusters.weight_ET.size
+    few = 2 * questions < rank * width and questions <= direct_limit
+    if solver == 'dual' or (solver == 'auto' and few and objective.ridge):
+      return solve.basis_dual(objective, clusters, c_ER, basis_RDV), ()
     direct = rank * width <= direct_limit
     if solver == 'direct' or (solver == 'auto' and direct):
       return solve.basis_direct(objective, clusters, c_ER, basis_RDV), ()

@@ -1,7 +1,10 @@
 """One half of the fit while the other is held: coefficients, or basis."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import optax
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.sparse.linalg import cg
 
@@ -91,6 +94,38 @@ def basis_direct(
   return flat.reshape(basis_RDV.shape)
 
 
+def basis_dual(
+  objective: Objective,
+  clusters: Clusters,
+  coefficients_ER: Array,
+  basis_RDV: Array,
+) -> Array:
+  """As `basis_direct`, by the system of rows: time `N³ / 3 + N R D V`, N = E T.
+
+    G = L^-1 Xᵀ (X L^-1 Xᵀ + I)^-1 A,  X = rows √w c_i ⊗ q,
+    L = Cᵀ(ridge I + 2 similarity L_S)C + damping
+
+  For fewer questions than `R D`. Without a ridge what the data do not tell
+  goes to 0 instead of staying.
+  """
+  c_ER, (q_ETD, a_ETV, weight_ET) = coefficients_ER, clusters
+  rank = basis_RDV.shape[0]
+  root_ET1 = jnp.sqrt(weight_ET)[..., None]
+  damp = _damping(objective, clusters, c_ER)
+  factor = cho_factor(coupling(objective, c_ER) + damp * jnp.eye(rank))
+  solved_RE = cho_solve(factor, c_ER.T)
+  q_ND = (root_ET1 * q_ETD).reshape(-1, q_ETD.shape[-1])
+  a_NV = (root_ET1 * a_ETV).reshape(-1, a_ETV.shape[-1])
+  member_N = jnp.repeat(jnp.arange(c_ER.shape[0]), weight_ET.shape[1])
+  near_EE = einsum('er,rf->ef', c_ER, solved_RE)
+  system_NN = near_EE[member_N][:, member_N] * einsum('nd,md->nm', q_ND, q_ND)
+  system_NN += jnp.eye(len(member_N))
+  z_NV = cho_solve(cho_factor(system_NN), a_NV)
+  z_ETV = root_ET1 * z_NV.reshape(a_ETV.shape)
+  mixed_ETRV = einsum('re,etv->etrv', solved_RE, z_ETV)
+  return einsum('etd,etrv->rdv', q_ETD, mixed_ETRV) - basis_RDV
+
+
 def basis_cg(
   objective: Objective,
   clusters: Clusters,
@@ -130,6 +165,32 @@ def basis_cg(
     maxiter=iterations,
     M=precondition,
   )[0]
+
+
+@functools.partial(jax.jit, static_argnames=('loss', 'steps'))
+def minimise(loss, params, arguments: tuple, steps: int):
+  """`params` after L-BFGS on `loss(params, *arguments)`, with line search.
+
+  Args:
+    loss: a function of a module, so that one program serves all arguments.
+  """
+  optimizer = optax.lbfgs()
+
+  def value(params):
+    return loss(params, *arguments)
+
+  slope = optax.value_and_grad_from_state(value)
+
+  def body(carry, _):
+    params, state = carry
+    found, gradient = slope(params, state=state)
+    updates, state = optimizer.update(
+      gradient, state, params, value=found, grad=gradient, value_fn=value
+    )
+    return (optax.apply_updates(params, updates), state), None
+
+  first = params, optimizer.init(params)
+  return jax.lax.scan(body, first, length=steps)[0][0]
 
 
 def _direction(objective, clusters, c_ER, basis_RDV, gram_RR, iterations):

@@ -1,6 +1,7 @@
 """Baselines against their definitions, by loops in float64."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ METHODS = {
   'shared': lambda c: baselines.shared(c, ridge=0.1),
   'pseudo_inverse': baselines.independent,
   'ridge': lambda c: baselines.independent(c, ridge=0.1),
+  'gradient': lambda c: baselines.gradient(c, rate=0.1, steps=20),
   'procrustes': baselines.procrustes,
   'laplacian': lambda c: baselines.graph_laplacian(
     c, objective_lib.answer_similarity(c), strength=0.3, ridge=0.1
@@ -100,6 +102,25 @@ def test_laplacian_solves_the_coupled_system():
   np.testing.assert_allclose(
     METHODS['laplacian'](clusters), expected, atol=1e-4
   )
+
+
+def test_gradient_descent_is_autodiffs_on_the_weight():
+  clusters = random()
+  found = METHODS['gradient'](clusters)
+  for i, (q, a) in enumerate(ragged(clusters)):
+    q, a = jnp.asarray(q, jnp.float32), jnp.asarray(a, jnp.float32)
+
+    def loss(w, q=q, a=a):
+      p = q @ w
+      norm = jnp.sqrt(jnp.sum(p**2, -1) * jnp.sum(a**2, -1))
+      angle = 1 - jnp.sum(p * a, -1) / norm
+      return jnp.mean(0.5 * jnp.sum((p - a) ** 2, -1) + 0.5 * angle)
+
+    # From 0 the angle has no gradient: the first step is the square's.
+    w = 0.1 * q.T @ a / len(q)
+    for _ in range(19):
+      w = w - 0.1 * jax.grad(loss)(w)
+    np.testing.assert_allclose(found[i], w, atol=2e-4)
 
 
 def test_kernel_averages_neighbours():

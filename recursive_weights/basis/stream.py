@@ -1,0 +1,88 @@
+"""Questions that come one after another: updates without those before."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_factor, cho_solve
+
+from recursive_weights.basis.objective import einsum
+from recursive_weights.basis.subspace import inner
+from recursive_weights.interfaces import Array, UserError
+
+
+class Stream(NamedTuple):
+  """What is kept of all questions so far: `E R² + E R` numbers.
+
+  gram_ERR, right_ER: `Σ_t P_tᵀ P_t` and `Σ_t P_tᵀ a` with `P_tk = q G_k`.
+  """
+
+  coefficients_ER: Array
+  basis_RDV: Array
+  gram_ERR: Array
+  right_ER: Array
+
+
+def init(members: int, basis_RDV: Array) -> Stream:
+  """No question yet; all coefficients are 0."""
+  rank = basis_RDV.shape[0]
+  return Stream(
+    jnp.zeros((members, rank)),
+    basis_RDV,
+    jnp.zeros((members, rank, rank)),
+    jnp.zeros((members, rank)),
+  )
+
+
+def update(
+  stream: Stream,
+  q_BD: Array,
+  a_BV: Array,
+  member_B: Array,
+  *,
+  ridge: float,
+  strength: float = 0.0,
+  forget: float = 1.0,
+) -> Stream:
+  """The stream after B more questions; rows in any order, any members.
+
+  Coefficients are those of least squares on all questions so far, exactly, as
+  long as the basis stays. Where `strength` > 0 the basis moves first, by what
+  the new questions ask with all coefficients held:
+
+    ΔG = argmin Σ_b |q (W_i + ΔW_i) - a|² + |ΔG|² / strength,
+
+  by the system of the B rows; no length of step can diverge. Sums of earlier
+  questions are then those of an earlier basis: `forget` lets them fade.
+
+  Args:
+    member_B: whose questions they are, `0 .. E - 1`.
+    ridge: of a member's weight, in units of questions, > 0.
+    strength: how far the basis follows new questions; 0 holds it.
+    forget: factor of all earlier sums, in (0, 1].
+
+  Raises:
+    UserError: a number out of range.
+  """
+  if ridge <= 0 or strength < 0 or not 0 < forget <= 1:
+    raise UserError(
+      'ridge must be > 0, strength >= 0 and forget in (0, 1], got '
+      f'{ridge}, {strength} and {forget}'
+    )
+  c_ER, basis_RDV, gram_ERR, right_ER = stream
+  if strength:
+    c_BR = c_ER[member_B]
+    seen_BRV = einsum('bd,rdv->brv', q_BD, basis_RDV)
+    left_BV = a_BV - einsum('br,brv->bv', c_BR, seen_BRV)
+    near_BC = einsum('br,cr->bc', c_BR, c_BR) * einsum('bd,cd->bc', q_BD, q_BD)
+    factor = cho_factor(near_BC + jnp.eye(len(q_BD)) / strength)
+    z_BV = cho_solve(factor, left_BV)
+    basis_RDV = basis_RDV + einsum('bd,br,bv->rdv', q_BD, c_BR, z_BV)
+  seen_BRV = einsum('bd,rdv->brv', q_BD, basis_RDV)
+  gram_BRR = einsum('brv,bsv->brs', seen_BRV, seen_BRV)
+  right_BR = einsum('brv,bv->br', seen_BRV, a_BV)
+  gram_ERR = (forget * gram_ERR).at[member_B].add(gram_BRR)
+  right_ER = (forget * right_ER).at[member_B].add(right_BR)
+  penalty_RR = ridge * inner(basis_RDV, basis_RDV)
+  factor = cho_factor(gram_ERR + penalty_RR[None])
+  c_ER = cho_solve(factor, right_ER[..., None])[..., 0]
+  return Stream(c_ER, basis_RDV, gram_ERR, right_ER)

@@ -1,0 +1,241 @@
+"""Time of fitting a shared basis, against loops over clusters in NumPy.
+
+  python -m recursive_weights.benchmarks.basis
+
+prints one JSON line a case: seconds of an iteration (wall and processor time),
+the squared error that as many iterations reach, seconds before the first one
+(`setup_s`: the start, sums over questions, compiling), and on how many threads.
+`loops` is the algorithm as it was proposed, cluster by cluster, with the
+gradient of its loss corrected; `alternating` is `basis.fit`, `rows` is
+`basis.dual`. Data are planted.
+"""
+
+import argparse
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recursive_weights.basis import clusters as clusters_lib
+from recursive_weights.basis import dual, initial
+from recursive_weights.basis import fit as fit_lib
+from recursive_weights.basis import objective as objective_lib
+
+ALGORITHMS = ('loops', 'alternating', 'rows')
+# What NumPy's and XLA's libraries read.
+THREADS = (
+  'OMP_NUM_THREADS',
+  'OPENBLAS_NUM_THREADS',
+  'MKL_NUM_THREADS',
+  'NPROC',
+  'XLA_FLAGS',
+)
+
+
+def problem(size: argparse.Namespace) -> clusters_lib.Clusters:
+  """Clusters whose weights share random orthogonal matrices, float32.
+
+  Questions and answers have norm about 1, as embeddings have.
+  """
+  draw = np.random.default_rng(0)
+  shape = size.members, size.questions, size.width
+  q_ETD = draw.normal(size=shape).astype(np.float32) * size.width**-0.5
+  c_ER = draw.normal(size=(size.members, size.rank)) * size.rank**-0.5
+  a_ETD = 0.05 * draw.normal(size=shape) * size.width**-0.5
+  for k in range(size.rank):
+    o_DD = np.linalg.qr(draw.normal(size=(size.width, size.width)))[0]
+    a_ETD += c_ER[:, k, None, None] * (q_ETD @ o_DD)
+  return clusters_lib.Clusters(
+    jnp.asarray(q_ETD),
+    jnp.asarray(a_ETD, jnp.float32),
+    jnp.ones(shape[:2]),
+  )
+
+
+def gradient(w_DV, q_TD, a_TV, cosine):
+  """Of `mean_t (1 - λ) |p - a|² + λ (1 - cos(p, a))`, p = q W."""
+  p_TV = q_TD @ w_DV
+  slope_TV = 2 * (1 - cosine) * (p_TV - a_TV)
+  if cosine:
+    p_T1 = np.linalg.norm(p_TV, axis=1, keepdims=True) + 1e-8
+    a_T1 = np.linalg.norm(a_TV, axis=1, keepdims=True) + 1e-8
+    p_unit, a_unit = p_TV / p_T1, a_TV / a_T1
+    angle = (p_unit * a_unit).sum(1, keepdims=True)
+    slope_TV = slope_TV - cosine * (a_unit - angle * p_unit) / p_T1
+  return q_TD.T @ slope_TV / len(q_TD)
+
+
+def loops_iteration(pairs, basis, rate, cosine):
+  """Coefficients by least squares, then a gradient step of the basis."""
+  coefficients = []
+  total = [np.zeros_like(g) for g in basis]
+  for q, a in pairs:
+    p = np.column_stack([(q @ g).ravel() for g in basis])
+    c = np.linalg.lstsq(p, a.ravel(), rcond=None)[0]
+    coefficients.append(c)
+    w = sum(c[k] * basis[k] for k in range(len(basis)))
+    slope = gradient(w, q, a, cosine)
+    for k in range(len(basis)):
+      total[k] += c[k] * slope
+  basis = [g - rate * t for g, t in zip(basis, total, strict=True)]
+  return coefficients, basis
+
+
+def gram_schmidt(basis):
+  """Orthonormal matrices, those that depend on others left out."""
+  found: list = []
+  for g in basis:
+    for other in found:
+      g = g - np.sum(g * other) * other
+    norm = np.linalg.norm(g)
+    if norm > 1e-8:
+      found.append(g / norm)
+  return found
+
+
+def error(pairs, coefficients, basis) -> float:
+  """Mean squared error of a question's answer."""
+  total, count = 0.0, 0
+  for c, (q, a) in zip(coefficients, pairs, strict=True):
+    w = sum(c[k] * basis[k] for k in range(len(basis)))
+    total += np.sum((q @ w - a) ** 2)
+    count += len(q)
+  return float(total / count)
+
+
+def loops(clusters, size):
+  """(seconds of the set-up, seconds by iteration, squared error)."""
+  q_ETD, a_ETV = (np.asarray(x) for x in clusters[:2])
+  first_RDV = np.asarray(start(size))
+  begun = clock()
+  pairs = list(zip(q_ETD, a_ETV, strict=True))
+  basis = gram_schmidt(list(first_RDV))
+  setup = since(begun)[0]
+  times = []
+  for index in range(size.iterations):
+    begun = clock()
+    before = basis
+    found, basis = loops_iteration(pairs, basis, size.rate, size.cosine)
+    if index % 10 == 9:
+      basis = gram_schmidt(basis)
+    times.append(since(begun))
+  return setup, times, error(pairs, found, before)
+
+
+def alternating(clusters, size):
+  first_RDV = jax.block_until_ready(start(size))
+  begun = clock()
+  fit = fit_lib.make(
+    objective_lib.make(ridge=size.ridge, cosine=size.cosine),
+    sweeps=1,
+    solver=size.solver,
+  )
+  state = jax.jit(fit.init)(clusters, first_RDV)
+  step = jax.jit(fit.step).lower(clusters, state).compile()
+  jax.block_until_ready(state)
+  setup = since(begun)[0]
+  times = []
+  for _ in range(size.iterations):
+    begun = clock()
+    state, _ = jax.block_until_ready(step(clusters, state))
+    times.append(since(begun))
+  reached = squared(clusters, state.coefficients_ER, state.basis_RDV)
+  return setup, times, reached
+
+
+def rows(clusters, size):
+  begun = clock()
+  objective = objective_lib.make(ridge=size.ridge)
+  table = dual.rows(objective, clusters)
+  span_ER = dual.initial(table, size.members, size.rank, max(size.ridge, 1.0))
+  state = dual.begin(table, span_ER)
+
+  @jax.jit
+  def run(state):
+    return jax.lax.scan(
+      lambda s, _: (dual.step(table, s), None), state, length=10
+    )[0]
+
+  compiled = run.lower(state).compile()
+  jax.block_until_ready(state)
+  setup = since(begun)[0]
+  times = []
+  for _ in range(-(-size.iterations // 10)):
+    begun = clock()
+    state = jax.block_until_ready(compiled(state))
+    times.append(tuple(x / 10 for x in since(begun)))
+  found = dual.primal(clusters, table, state.span_ER)
+  return setup, times, squared(clusters, *found)
+
+
+def start(size):
+  """A random basis: the same for both that start from one."""
+  return initial.random(jax.random.key(0), size.rank, size.width, size.width)
+
+
+def squared(clusters, c_ER, basis_RDV) -> float:
+  """Mean squared error of a question's answer."""
+  p_ETV = objective_lib.predict(clusters.q_ETD, c_ER, basis_RDV)
+  return float(jnp.mean(jnp.sum((p_ETV - clusters.a_ETV) ** 2, -1)))
+
+
+def clock():
+  return time.perf_counter(), time.process_time()
+
+
+def since(begun):
+  return tuple(b - a for a, b in zip(begun, clock(), strict=True))
+
+
+def threads() -> dict:
+  """Processors that this process may use, and what the environment says."""
+  known = getattr(os, 'sched_getaffinity', None)
+  found: dict = {'processors': len(known(0)) if known else os.cpu_count()}
+  return found | {
+    name: os.environ[name] for name in THREADS if name in os.environ
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    '--algorithm', nargs='+', default=list(ALGORITHMS), choices=ALGORITHMS
+  )
+  parser.add_argument('--members', type=int, default=100)
+  parser.add_argument('--questions', type=int, default=3, help='a cluster')
+  parser.add_argument('--width', type=int, default=384)
+  parser.add_argument('--rank', type=int, default=8)
+  parser.add_argument('--ridge', type=float, default=1e-2)
+  parser.add_argument('--cosine', type=float, default=0.0)
+  parser.add_argument('--rate', type=float, default=0.01, help='of the loops')
+  parser.add_argument('--solver', default='auto', help='of alternating')
+  parser.add_argument('--iterations', type=int, default=20)
+  size = parser.parse_args()
+  clusters = problem(size)
+  for name in size.algorithm:
+    setup, times, reached = globals()[name](clusters, size)
+    wall, processor = np.median(np.array(times), 0)
+    line = {
+      'algorithm': name,
+      'members': size.members,
+      'questions': size.questions,
+      'width': size.width,
+      'rank': size.rank,
+      'cosine': size.cosine,
+      'ridge': None if name == 'loops' else size.ridge,
+      'iterations': size.iterations,
+      'setup_s': round(setup, 5),
+      'iteration_s': round(float(wall), 5),
+      'iteration_cpu_s': round(float(processor), 5),
+      'squared_error': reached,
+      'device': jax.devices()[0].device_kind,
+      'threads': threads(),
+    }
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == '__main__':
+  main()

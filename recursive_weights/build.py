@@ -130,6 +130,28 @@ def check(config: dict[str, Any]) -> list[str]:
       'training.keep_carry must be False with training.slots, which keep the '
       'carry of a row as long as its example, got True'
     )
+  if config['step']['name'] not in ('', 'alternating'):
+    errors.append(
+      "step.name must be '' (gradients) or 'alternating', got "
+      f'{config["step"]["name"]!r}'
+    )
+  if config['step']['name'] and train['ema_decay']:
+    errors.append(
+      'training.ema_decay must be 0 with step alternating, got '
+      f'{train["ema_decay"]}'
+    )
+  if config['step']['name']:
+    unused = {
+      'recursive.rules': ('{}', config['recursive']['rules']),
+      'training.slots.steps': ('0', slots['steps']),
+      'training.keep_carry': ('False', train['keep_carry']),
+    }
+    errors += [
+      f'{name} must be {off} with step alternating, which fits the stored '
+      f'parameters to whole splits, got {value}'
+      for name, (off, value) in unused.items()
+      if value
+    ]
   lipschitz = config['recursive']['lipschitz']
   if lipschitz['weight'] < 0 or lipschitz['scale'] <= 0:
     errors.append(
@@ -170,7 +192,9 @@ def build_model(config: dict[str, Any], task: Task) -> Model:
   from recursive_weights.models import derived
 
   dtype = jnp.dtype(config['dtype'])
-  model = make('models', config['model'], task.spec, dtype=dtype)
+  model = make(
+    'models', config['model'], task.spec, dtype=dtype, answers=task.answers
+  )
   rules = config['recursive']['rules']
   if not rules:
     return model
@@ -215,7 +239,11 @@ def build_rule(name: str, fields: dict[str, Any], paths: dict[str, Any]):
   operator = compose.chain()
   if fields['operator']['name']:
     operator = make('derivation.operators', fields['operator'])
-  parts.append(compose.iterate(operator, length) if length else operator)
+  if length:
+    # Of a stack derived from itself the first layer is the stored one.
+    own = fields['source'] == fields['target']
+    operator = compose.iterate(operator, length, base_first=own)
+  parts.append(operator)
   return Rule(name, fields['source'], fields['target'], compose.chain(*parts))
 
 
@@ -306,19 +334,25 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
       axis=axis,
     )
 
+  init = make_init(
+    model,
+    optimizer,
+    inputs=inputs,
+    batch_size=train['batch_size'],
+    ema_decay=train['ema_decay'],
+    keep_carry=train['keep_carry'],
+    first_slots=first_slots,
+  )
+  make_own_step = step
+  if config['step']['name']:
+    # Fits in turn start and step by themselves, on the model's own parameters.
+    shape = {k: v for k, v in config['model'].items() if k != 'name'}
+    init, make_own_step = make('training', config['step'], tasks[0], **shape)
   return Experiment(
     config=config,
     tasks=tasks,
-    init=make_init(
-      model,
-      optimizer,
-      inputs=inputs,
-      batch_size=train['batch_size'],
-      ema_decay=train['ema_decay'],
-      keep_carry=train['keep_carry'],
-      first_slots=first_slots,
-    ),
-    make_step=step,
+    init=init,
+    make_step=make_own_step,
     **evaluators,
   )
 

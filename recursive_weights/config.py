@@ -36,6 +36,9 @@ def base() -> ConfigDict:
         'lipschitz': {'weight': 0.0, 'bound': 1.0, 'scale': 0.01},
       },
       'objective': {'name': 'last'},
+      # What a training step is: '' for gradients of the task's loss; a module
+      # of `training` with its fields, such as 'alternating', for its own.
+      'step': {'name': ''},
       'optimizer': {
         'name': 'adamw',
         'learning_rate': 1e-3,

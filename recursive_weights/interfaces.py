@@ -78,6 +78,9 @@ class Model(NamedTuple):
     `params` as `apply`.
   rules: the `derivation.tree.Rule`s by which weights derive from the stored
     ones in `params`; () where none do.
+  decoder: of a causal language model, for generation; else None. It takes
+    derived weights, `derivation.tree.derive(rules, params)`, so that a text
+    derives them once, not once a token.
   """
 
   init: Callable[[Array, Any], Tree]
@@ -85,6 +88,7 @@ class Model(NamedTuple):
   apply: Callable[..., tuple[dict, Tree]]
   recursion: Recursion | None = None
   rules: tuple = ()
+  decoder: 'Decoder | None' = None
 
 
 class Spec(NamedTuple):
@@ -97,8 +101,8 @@ class Spec(NamedTuple):
   classes: number of classes V; a model's logits are `[B, *answer, V]`.
   sizes: number of examples by split; None where examples are generated without
     end.
-  phases: `((first step, {field: value}), ...)` where lengths or batch sizes
-    change with the step; `()` for none.
+  phases: `((first step, {field: value}), ...)` where lengths of training
+    batches change with the step, the first of them at step 0; `()` for none.
   puzzles: number of puzzle identities, where inputs are `{'tokens', 'puzzle'}`
     and name each row's (int32 `[B]`); else 0.
   """
@@ -111,6 +115,21 @@ class Spec(NamedTuple):
   puzzles: int = 0
 
 
+class Text(NamedTuple):
+  """How tokens stand for text.
+
+  encode: `str -> int32 [T]`; raises `UserError` where a character has no token.
+  decode: `int [T] -> str`.
+  boundary: the token that stands before every document, so after one too.
+  unit: what one token is, such as `character`; loss is in nats a unit.
+  """
+
+  encode: Callable[[str], np.ndarray]
+  decode: Callable[[np.ndarray], str]
+  boundary: int
+  unit: str
+
+
 class Task(NamedTuple):
   """A problem: data, augmentation, loss and metrics, without any model.
 
@@ -120,7 +139,9 @@ class Task(NamedTuple):
     'validation' and 'test'. Training batches are full and follow a seeded
     order without end. The others cover a finite split once, in a fixed order,
     in `ceil(size / batch size)` batches; the last one is padded with rows of
-    weight 0, which no metric counts. `weight` is float32 `[B]`.
+    weight 0, which no metric counts. `weight` is float32 `[B]`: 1 for a whole
+    row, a share where less of a row is there, so that means are over all that
+    is there.
   augment: `(key, batch) -> batch`, traced inside the training step.
   loss: `(answer, batch) -> (loss_B, metrics_B)`: judges one answer per example
     (logits `[B, *answer, V]`) in float32.
@@ -132,6 +153,9 @@ class Task(NamedTuple):
     [0, 1]. None where answers are no picture.
   data_hash: SHA-256 by split, of the files or of what was generated, so that
     a run and its results can name their data; None where they have no end.
+  answers: embeddings of the answers `[classes, D]`, where an answer is to be
+    retrieved; else None. Models with the parameter `answers` are given them.
+  text: how a person reads and writes tokens; None where they are no text.
   """
 
   spec: Spec
@@ -141,6 +165,8 @@ class Task(NamedTuple):
   picture: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
   drawing: Callable[[dict, np.ndarray], np.ndarray] | None = None
   data_hash: dict[str, str] | None = None
+  answers: np.ndarray | None = None
+  text: Text | None = None
 
 
 class Objective(NamedTuple):
@@ -188,17 +214,27 @@ class Decoder(NamedTuple):
   """A causal language model, for generation, refinement and sessions.
 
   embed: `(params, tokens_BT) -> x_BTD`.
-  blocks: `(params, cache, x_BTD, tap=None) -> (x_BTD, cache)`; `tap(layer, x)`
-    sees and may change hidden states between layers, None is the plain program.
-  head: `(params, x_BTD) -> logits_BTV`.
+  blocks: `(params, cache, x_BTD, *, resets_BT=None, tap=None, key=None) ->
+    (x_BTD, pending)`: a chunk of T tokens after those that the cache has seen.
+    Where `resets_BT` (bool) is True a document begins: recurrent states, token
+    shifts and windows of convolutions become the learned initial ones there,
+    and attention sees nothing before it. `tap(layer, x_BTD) -> x_BTD` sees and
+    may change hidden states after each layer; None is the plain program. `key`
+    is for dropout; None is deterministic. `pending` is what `commit` needs;
+    what of it is unused costs nothing under jit.
+  head: `(params, x_BTD) -> logits_BTV`, float32.
   cache: `(params, batch_size) -> {'recurrent', 'attention', 'position'}`, the
-    batch first in every leaf.
-  commit: `(cache, pending, length_B) -> cache`: keeps the first `length_B`
-    tokens of a chunk without running it again.
+    batch first in every leaf. Rows are at the start of a document; learned
+    initial states enter inside `blocks`, so that they get gradients.
+  commit: `(cache, pending, length_B=None) -> cache`: the cache after the first
+    `length_B` tokens (int32 `[B]`) of the chunk, without running it again;
+    None keeps all of it. A row of length 0 stays as it was, bit for bit.
+  init: `key -> params`; None where weights are only loaded.
   """
 
   embed: Callable[[Tree, Array], Array]
   blocks: Callable[..., tuple[Array, Tree]]
   head: Callable[[Tree, Array], Array]
   cache: Callable[[Tree, int], Tree]
-  commit: Callable[[Tree, Tree, Array], Tree]
+  commit: Callable[..., Tree]
+  init: Callable[[Array], Tree] | None = None

@@ -106,16 +106,24 @@ def write_npz(path: pathlib.Path, params: Tree) -> None:
   np.savez(path, **arrays)
 
 
-def export(source: str | pathlib.Path, name: str) -> pathlib.Path:
+def export(
+  source: str | pathlib.Path,
+  name: str,
+  fields: dict[str, Any] | None = None,
+  results: dict[str, Any] | None = None,
+) -> pathlib.Path:
   """Ships a run's weights as `pretrained/NAME`, float32, for `pretrained`.
 
   Args:
-    source: a finished workdir of train.py.
+    source: a workdir of train.py, or one checkpoint folder in it.
     name: of the folder to write.
+    fields: changes of the config, by dotted path: where the data of the run is
+      not everybody's, or its evaluation too long. `data_hash` stays that of the
+      run.
+    results: what was measured; None for the run's own `results.json`.
 
   Returns:
-    The folder, with `weights.npz`, `config.json` and the run's
-    `results.json`.
+    The folder, with `weights.npz`, `config.json` and `results.json`.
   """
   from recursive_weights import build
 
@@ -124,7 +132,12 @@ def export(source: str | pathlib.Path, name: str) -> pathlib.Path:
   folder.mkdir(parents=True, exist_ok=True)
   params = load(build.parameter_shapes(config), config['raw'])
   write_npz(folder / 'weights.npz', params)
-  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-  results = pathlib.Path(source) / 'results.json'
-  (folder / 'results.json').write_text(results.read_text())
+  shipped = config_lib.from_data(config)
+  shipped.update_from_flattened_dict(fields or {})
+  (folder / 'config.json').write_text(
+    json.dumps(config_lib.to_data(shipped), indent=2) + '\n'
+  )
+  if results is None:
+    results = json.loads((pathlib.Path(source) / 'results.json').read_text())
+  (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
   return folder

@@ -108,10 +108,11 @@ def steps_reported(workdir):
 
 
 @pytest.mark.slow
-def test_killed_ten_times_is_uninterrupted_to_the_bit(cache, whole, tmp_path):
-  """kill -9 at ten random points; every life has its own dispatch length."""
+@pytest.mark.parametrize('times', [4, pytest.param(10, marks=pytest.mark.long)])
+def test_killed_is_uninterrupted_to_the_bit(cache, whole, tmp_path, times):
+  """kill -9 at random points; every life has its own dispatch length."""
   rng = random.Random(0)
-  points = sorted(rng.sample(range(1, 24), 10))
+  points = sorted(rng.sample(range(1, 24), times))
   for life, point in enumerate(points):
     process = start(
       cache,
@@ -169,7 +170,7 @@ def assert_close(workdir, reference):
       )
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/training/test_loop.py has each step of it
 def test_eight_devices_one_device_and_every_strategy(cache, plain, tmp_path):
   """8 devices under pmap -> 1 -> 8 under fsdp is one run on one device."""
   lives = ((8, 8, 'pmap'), (16, 1, 'data'), (24, 8, 'fsdp'))

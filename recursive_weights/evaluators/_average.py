@@ -62,3 +62,14 @@ def over_split(judge, task, split, *, batch_size, max_batches) -> dict:
     name: sum(x[name].astype('float64') for x in sums) / weight
     for name in sums[0]
   }
+
+
+def by_split(judge, task, splits, *, batch_size, max_batches) -> dict:
+  """`{SPLIT/NAME: array}` of `over_split` for every split."""
+  result: dict = {}
+  for split in splits:
+    means = over_split(
+      judge, task, split, batch_size=batch_size, max_batches=max_batches
+    )
+    result |= {f'{split}/{name}': mean for name, mean in means.items()}
+  return result

@@ -47,16 +47,13 @@ def make(
 
   def evaluate(params, key):
     del key  # nothing here is random
-    result = {}
-    for split in splits:
-      means = _average.over_split(
-        lambda batch: judge(params, batch),
-        task,
-        split,
-        batch_size=batch_size,
-        max_batches=max_batches,
-      )
-      result |= {f'{split}/{name}': float(x) for name, x in means.items()}
-    return result
+    means = _average.by_split(
+      lambda batch: judge(params, batch),
+      task,
+      splits,
+      batch_size=batch_size,
+      max_batches=max_batches,
+    )
+    return {name: float(mean) for name, mean in means.items()}
 
   return evaluate

@@ -67,4 +67,6 @@ def wrap(
     recursion = recursion._replace(
       prepare=lambda stored: prepare(tree.derive(rules, stored))
     )
-  return Model(init, carry, apply, recursion, rules=tuple(rules))
+  return Model(
+    init, carry, apply, recursion, rules=tuple(rules), decoder=model.decoder
+  )

@@ -164,15 +164,21 @@ def make(
     order = (axis, *(i for i in range(x.ndim) if i != axis))
     return x.transpose(order)
 
+  # Where jax.pmap puts its results: else the second call compiles once more.
+  replicas = NamedSharding(
+    jax.make_mesh((devices,), ('data',), (AxisType.Auto,)), P('data')
+  )
+
   def stack(x):
     return np.stack([np.asarray(x)] * devices)
 
   def pmap_scatter(state):
     carry = state.carry
     placed = jax.tree.map(stack, state._replace(carry={}))
-    return placed._replace(
+    placed = placed._replace(
       carry=jax.tree.map(lambda x: split_rows(np.asarray(x), rows), carry)
     )
+    return jax.device_put(placed, replicas)
 
   def pmap_gather(state):
     def first(x):

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from recursive_weights.interfaces import Evaluator, Task, Tree, UserError
 from recursive_weights.training import checkpoints as checkpoints_lib
 from recursive_weights.training import devices, metrics
+from recursive_weights.training.interrupt import Interrupt
 from recursive_weights.training.start import start
 from recursive_weights.training.state import State
 
@@ -86,7 +86,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
     seeds=seeds,
     **config['devices'],
   )
-  with contextlib.ExitStack() as stack, _Interrupt() as interrupted:
+  with contextlib.ExitStack() as stack, Interrupt() as interrupted:
     init, abstract = _initial(experiment, placement)
     saved = checkpoints_lib.open_folder(
       folder, config, **_without(config['checkpoint'], 'every')
@@ -128,7 +128,8 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
     empty_every = train['slots']['steps'] and train['slots']['empty_every']
     if empty_every:
       intervals.append(empty_every)
-    plan = _plan(step, total, train['steps_per_dispatch'], intervals)
+    phases = [first for first, _ in experiment.tasks[0].spec.phases]
+    plan = _plan(step, total, train['steps_per_dispatch'], intervals, phases)
     loader = stack.enter_context(futures.ThreadPoolExecutor(1))
     fetch = _fetcher(experiment, train)
     bar = stack.enter_context(
@@ -315,12 +316,15 @@ def _step_by_seed(experiment, seeds):
 
 
 def _plan(
-  step: int, total: int, most: int, intervals: list[int]
+  step: int, total: int, most: int, intervals: list[int], phases: list[int]
 ) -> Iterator[tuple[int, int]]:
-  """(first step, steps) of each dispatch: up to `most`, cut at intervals."""
+  """(first step, steps) of each dispatch: up to `most`, cut at intervals.
+
+  And where a phase begins: batches of one dispatch have one shape.
+  """
   while step < total:
     ends = [total, step + most, *((step // n + 1) * n for n in intervals)]
-    end = min(ends)
+    end = min([*ends, *(first for first in phases if first > step)])
     yield step, end - step
     step = end
 
@@ -423,45 +427,3 @@ def _check(dispatched, saved):
 
 def _worst(values):
   return next((v for v in values if not math.isfinite(v)), values[0])
-
-
-class _Interrupt:
-  """SIGTERM and SIGINT ask the loop to save and leave between dispatches.
-
-  A second SIGINT (Ctrl-C) does not wait: the last checkpoint stays as it is.
-  Where `at_once` is set, nothing waits.
-  """
-
-  def __init__(self):
-    self.reason = ''
-    self.at_once = False
-
-  def ask(self, reason: str) -> None:
-    self.reason = self.reason or reason
-
-  def now(self) -> bool:
-    if jax.process_count() == 1:
-      return bool(self.reason)
-    # All hosts leave at the same step, whichever was told first.
-    told = multihost_utils.process_allgather(np.bool_(bool(self.reason)))
-    if told.any():
-      self.ask('another host was told to stop')
-    return bool(told.any())
-
-  def __enter__(self):
-    self._before = {}
-    for name in ('SIGTERM', 'SIGINT'):
-      number = getattr(signal, name)
-      with contextlib.suppress(ValueError):  # not the main thread
-        self._before[number] = signal.signal(number, self._signalled)
-    return self
-
-  def _signalled(self, number, _):
-    name = signal.Signals(number).name
-    if self.at_once or name == 'SIGINT' == self.reason:
-      raise KeyboardInterrupt
-    self.ask(name)
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)

@@ -22,8 +22,11 @@ APART = {
   'compression',
   'early_exit',
   'halting',
+  'perplexity',
   'pictures',
   'restarts',
+  'retrieval',
+  'samples',
 }
 NAMES = sorted(
   m.name

@@ -102,7 +102,10 @@ def test_finite_splits_are_covered_once(task, size):
     batches = [task.batch(split, i, size) for i in range(count)]
     joined = jax.tree.map(lambda *x: np.concatenate(x), *batches)
     weight_B = joined.pop('weight')
-    np.testing.assert_array_equal(weight_B, np.arange(len(weight_B)) < examples)
+    np.testing.assert_array_equal(
+      weight_B > 0, np.arange(len(weight_B)) < examples
+    )
+    assert weight_B.max() <= 1
     whole = task.batch(split, 0, examples)
     assert whole.pop('weight').all()
     rows = np.flatnonzero(weight_B)
@@ -155,6 +158,8 @@ def is_image(image):
 
 
 def test_inputs_lie_on_the_picture(task, tmp_path):
+  if task.picture is None:
+    pytest.skip('inputs of this task are no picture')
   batch = task.batch('test', 0, 2)
   example = jax.tree.map(lambda x: x[1], batch)
   image = np.asarray(task.picture(example))

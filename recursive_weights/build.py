@@ -21,7 +21,7 @@ from recursive_weights.interfaces import (
   Task,
   UserError,
 )
-from recursive_weights.training import optimizers
+from recursive_weights.training import optimizers, stopping
 from recursive_weights.training.loop import Experiment, evaluate_all
 from recursive_weights.training.state import (
   empty_slots,
@@ -152,6 +152,16 @@ def check(config: dict[str, Any]) -> list[str]:
       for name, (off, value) in unused.items()
       if value
     ]
+  rules = config['early_stopping']['rules']
+  if rules and config['step']['name']:
+    errors.append(
+      'early_stopping.rules must be {} with step alternating, which has no '
+      f'learning rate to cut, got {rules}'
+    )
+  try:
+    stopping.parse(rules)
+  except UserError as error:
+    errors.append(str(error))
   lipschitz = config['recursive']['lipschitz']
   if lipschitz['weight'] < 0 or lipschitz['scale'] <= 0:
     errors.append(
@@ -342,6 +352,7 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
     ema_decay=train['ema_decay'],
     keep_carry=train['keep_carry'],
     first_slots=first_slots,
+    with_rate=bool(config['early_stopping']['rules']),
   )
   make_own_step = step
   if config['step']['name']:

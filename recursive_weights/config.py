@@ -77,7 +77,14 @@ def base() -> ConfigDict:
         'evaluate_every': 500,
       },
       'checkpoint': {'every': 500, 'keep': 2, 'best': '', 'mode': 'max'},
-      'early_stopping': {'metric': '', 'mode': 'max', 'patience': 10},
+      # rules: fields of `training.stopping.defaults` that differ from it, for
+      # stops and cuts of the learning rate with a named reason; {}: none.
+      'early_stopping': {
+        'metric': '',
+        'mode': 'max',
+        'patience': 10,
+        'rules': {},
+      },
       'devices': {'strategy': 'data', 'model_parallel': 1},
       # Evaluators by name with their arguments, and when they run.
       'evaluators': {'during': {}, 'after': {}},
@@ -103,7 +110,8 @@ def complete(data: dict[str, Any]) -> dict[str, Any]:
   """
   house = to_data(base())
   data = {**house, **data}
-  for name in ('optimizer', 'training', 'checkpoint', 'devices'):
+  house_parts = 'optimizer training checkpoint early_stopping devices'
+  for name in house_parts.split():
     data[name] = house[name] | data.get(name, {})
   neutral = house['optimizer']['groups']['all']
   groups = data['optimizer']['groups']

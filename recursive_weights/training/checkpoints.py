@@ -2,9 +2,10 @@
 
 `WORKDIR/checkpoints/STEP/` holds
 
-  params/, ema/, carry/, rest/
+  params/, ema/, carry/, rate/, rest/
                          arrays: parameters, their average, what passes from
-                         batch to batch, and optimizer state, step and key
+                         batch to batch, the factor on the learning rate where
+                         there is one, and optimizer state, step and key
   config/config.json     the whole config, readable
   about/about.json       step, metrics, and a digest of every array
 
@@ -47,6 +48,7 @@ IDENTITY = (
   'objective',
   'step',
   'optimizer',
+  'federation',
   'training.batch_size',
   'training.accumulation',
   'training.ema_decay',
@@ -94,14 +96,19 @@ def digest(tree: Tree) -> dict[str, str] | None:
   }
 
 
+# Fields of a state that are items of their own.
+_OWN = ('params', 'ema', 'carry', 'rate')
+
+
 def _items(state: State) -> dict[str, Tree]:
-  own = {'params': state.params, 'ema': state.ema, 'carry': state.carry}
-  rest = state._replace(params={}, ema={}, carry={})
-  return own | {'rest': rest._asdict()}
+  own = {name: getattr(state, name) for name in _OWN}
+  rest = state._replace(params={}, ema={}, carry={})._asdict()
+  del rest['rate']
+  return own | {'rest': rest}
 
 
 def _state(items: dict[str, Tree]) -> State:
-  own = {name: items[name] for name in ('params', 'ema', 'carry')}
+  own = {name: items[name] for name in _OWN}
   return State(**(items['rest'] | own))
 
 
@@ -279,6 +286,7 @@ def open_folder(
       'params': ocp.StandardCheckpointHandler(),
       'ema': ocp.StandardCheckpointHandler(),
       'carry': ocp.StandardCheckpointHandler(),
+      'rate': ocp.StandardCheckpointHandler(),
       'rest': ocp.StandardCheckpointHandler(),
     },
   )
@@ -319,7 +327,10 @@ def _restore(
       items[name] = tree
       continue
     if name == 'carry' and about.get('emptied'):
-      items[name] = _zeros(tree)
+      items[name] = _full(tree, 0)
+      continue
+    if name == 'rate' and name not in about['items']:
+      items[name] = _full(tree, 1)  # the run had no rules until now
       continue
     if name not in about['items']:
       raise Refused(f'it holds no {name}')
@@ -337,9 +348,9 @@ def _restore(
   return items
 
 
-def _zeros(abstract: Tree) -> Tree:
+def _full(abstract: Tree, value: float) -> Tree:
   def make():
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
+    return jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), abstract)
 
   shardings = jax.tree.map(lambda s: s.sharding, abstract)
   return jax.jit(make, out_shardings=shardings)()

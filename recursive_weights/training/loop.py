@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from recursive_weights.interfaces import Evaluator, Task, Tree, UserError
 from recursive_weights.training import checkpoints as checkpoints_lib
-from recursive_weights.training import devices, metrics
+from recursive_weights.training import devices, metrics, stopping
 from recursive_weights.training.interrupt import Interrupt
 from recursive_weights.training.start import start
 from recursive_weights.training.state import State
@@ -105,7 +105,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       write_config(folder, config)
     writer = metrics.Writer(folder, step, main)
     stack.callback(writer.close)
-    stop = metrics.should_stop(writer.history, **config['early_stopping'])
+    stop = _stop(writer.history, config)
     total = train['steps']
     finished = step >= total or bool(stop)
     results_path = folder / 'results.json'
@@ -186,7 +186,9 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
         _check_names(config, writer.history, line)
       if line:
         writer.write(step, line)
-      stop = metrics.should_stop(writer.history, **config['early_stopping'])
+      stop = _stop(writer.history, config)
+      if evaluate:
+        state = _cut(state, writer.history, config, placement)
       if save or stop:
         saved.save(
           placement.gather(state), _scores(writer.history, step), emptied
@@ -377,6 +379,25 @@ def _train_metrics(found, row, seeds):
   return metrics.summary(members)
 
 
+def _stop(history, config):
+  """The reason to stop, '' to go on."""
+  verdict = stopping.judge(history, **config['early_stopping'])
+  return f'{verdict.rule}: {verdict.reason}' * (verdict.action == 'stop')
+
+
+def _cut(state, history, config, placement):
+  """The state with the learning rate that the latest evaluation asks for."""
+  verdict = stopping.judge(history, **config['early_stopping'])
+  if verdict.action in ('cut', 'examine'):
+    _log.warning('%s: %s', verdict.rule, verdict.reason)
+  if verdict.action != 'cut':
+    return state
+  rules, _, _ = stopping.parse(config['early_stopping']['rules'])
+  plain = placement.gather(state)
+  rate = jax.tree.map(lambda x: x * rules.cut, plain.rate)
+  return placement.scatter(plain._replace(rate=rate))
+
+
 def _scores(history, step):
   """Metrics that a checkpoint is judged by: those of its own step."""
   last = history[-1] if history else {'step': None}
@@ -392,9 +413,16 @@ def _scores(history, step):
 def _check_names(config, history, line):
   """Refuses to judge by a metric that was in no line up to an evaluation."""
   known = set(line).union(*history)
-  for field in ('checkpoint.best', 'early_stopping.metric'):
-    group, name = field.split('.')
-    metric = config[group][name]
+  wanted = {
+    'checkpoint.best': config['checkpoint']['best'],
+    'early_stopping.metric': config['early_stopping']['metric'],
+  }
+  rules = config['early_stopping']['rules']
+  if rules:
+    _, _, curves = stopping.parse(rules)
+    for name in ('validation', 'probe'):
+      wanted[f'early_stopping.rules.{name}'] = curves[name]
+  for field, metric in wanted.items():
     if metric and metric not in known:
       raise UserError(
         f'{field} = {metric!r} is no metric of this run; there are: '

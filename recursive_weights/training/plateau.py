@@ -1,8 +1,8 @@
 """When to stop, when to lower the learning rate, and why: rules by name.
 
 `judge` is a pure function of a metric history. Every threshold is a field of
-`Rules`, and every verdict names the rule that spoke. The training loop does not
-call it yet: it is for the lines of a run's metrics.jsonl.
+`Rules`, and every verdict names the rule that spoke. Training calls it through
+`training.stopping`.
 
 Source: GroundThink, entries 1 and 2 on training dynamics, where improvement is
 judged by the envelope of minima, since recurrent models have saw-tooth curves.
@@ -30,7 +30,7 @@ class Rules(NamedTuple):
     plateau counts; a fall by more than it over the plateau is slow descent.
   extra: time to train on after a cut.
   overfit: validation this share above its best (.05 to .10), while the training
-    loss falls.
+    loss falls; before `least` evaluations, whatever the training loss does.
   probe_drop: a probe (higher is better) this share below its best, while the
     training loss falls.
   oscillation: differences of the validation loss that swing to and fro by more.
@@ -39,7 +39,8 @@ class Rules(NamedTuple):
   drops: cuts without a gain after which to stop.
   budget: plateaus to train through; 0 asks a person at each one (`examine`),
     the policy for small models, where a plateau is worth understanding.
-  least: evaluations before which only `diverged` and `oscillation` speak.
+  least: evaluations before which only `diverged`, `oscillation` and
+    `divergence` speak.
   """
 
   tolerance: float = 0.002
@@ -87,12 +88,12 @@ def judge(
 ) -> Verdict:
   """The verdict at the last line of a history.
 
-  In this order: `diverged` (not finite), `oscillation`, `early`, `overfit`,
-  `probe` stop or let go on; then `improving` and `short` continue. On a plateau
-  `slow` (still falling) continues, `flat` stops, `heartbeat` (small new minima)
-  continues, `budget` stops, `examine` asks, `extra` waits after a cut, `drops`
-  and `noise` (the spread exceeds the improvement, after a cut) stop, and `cut`
-  lowers the learning rate.
+  In this order: `diverged` (not finite), `oscillation`, `divergence` (early),
+  `early`, `overfit`, `probe` stop or let go on; then `improving` and `short`
+  continue. On a plateau `slow` (still falling) continues, `flat` stops,
+  `heartbeat` (small new minima) continues, `budget` stops, `examine` asks,
+  `extra` waits after a cut, `drops` and `noise` (the spread exceeds the
+  improvement, after a cut) stop, and `cut` lowers the learning rate.
 
   Args:
     history: lines of metrics.jsonl; those without `validation` only tell of the
@@ -123,7 +124,7 @@ def scale(
 
 def _replay(history, rules, train, validation, probe):
   """The verdict at every evaluation, each given the ones before it."""
-  _check(rules)
+  check(rules)
   curves = [
     _curve(history, train),
     _curve(history, validation),
@@ -155,14 +156,17 @@ def _verdict(train, validation, probe, past, rules):
     return _stop('oscillation', f'validation swings by {least:.3g}'), past
   if value < past.best * (1 - rules.tolerance):
     past = _Past(value, (*past.improved, step), (), past.plateaus)
+  # The envelope of minima: one high tooth of a saw is no trend.
+  above = values[-(rules.window // 2 + 1) :].min() / past.best - 1
   if len(values) < rules.least:
+    if above > rules.overfit:
+      reason = f'validation is {above:.1%} above its best this early'
+      return _stop('divergence', reason), past
     reason = f'{len(values)} of {rules.least} evaluations'
     return Verdict('continue', 'early', reason), past
 
   after = train[0] >= min(past.improved[-1], steps[-rules.window :][0])
   falls = _slope(train[0][after], train[1][after]) < 0
-  # The envelope of minima: one high tooth of a saw is no trend.
-  above = values[-(rules.window // 2 + 1) :].min() / past.best - 1
   if falls and above > rules.overfit:
     reason = f'validation is {above:.1%} above its best, training falls'
     return _stop('overfit', reason), past
@@ -255,7 +259,12 @@ def _slope(steps, values):
   return float((x * (values - values.mean())).sum() / (x * x).sum())
 
 
-def _check(rules):
+def check(rules: Rules) -> None:
+  """Refuses rules that contradict each other.
+
+  Raises:
+    UserError: names the values.
+  """
   if not 0 <= rules.short <= rules.long <= rules.flat <= 1:
     raise UserError(
       'plateau rules must have 0 <= short <= long <= flat <= 1, got '

@@ -23,8 +23,9 @@ class State(NamedTuple):
   params, opt_state: trees. ema: averaged parameters, `{}` where there is no
   EMA. carry: what passes from batch to batch, the model's own or that of the
   slots, `{}` for none. step: updates done, int32. key: PRNG key data; the keys
-  of a step are a function of it and of the step alone. With several seeds
-  every leaf has a leading axis E.
+  of a step are a function of it and of the step alone. rate: `{'factor'}` on
+  the learning rate, float32, which plateaus cut; () where there are no rules.
+  With several seeds every leaf has a leading axis E.
   """
 
   params: Tree
@@ -33,6 +34,7 @@ class State(NamedTuple):
   carry: Tree
   step: Array
   key: Array
+  rate: Tree = ()
 
 
 def make_init(
@@ -44,6 +46,7 @@ def make_init(
   ema_decay: float,
   keep_carry: bool,
   first_slots: Callable[[Tree], Tree] | None = None,
+  with_rate: bool = False,
 ) -> Callable[[Array], State]:
   """`init(seed) -> State`, traceable.
 
@@ -52,6 +55,7 @@ def make_init(
     inputs: shape of a batch's inputs.
     batch_size: rows of a batch.
     first_slots: `params -> slots`, where there are slots (`empty_slots`).
+    with_rate: the state has a factor on the learning rate, 1 at the start.
   """
 
   def init(seed):
@@ -70,6 +74,7 @@ def make_init(
       carry=carry,
       step=jnp.zeros([], jnp.int32),
       key=jax.random.key_data(key),
+      rate={'factor': jnp.ones([], jnp.float32)} if with_rate else (),
     )
 
   return init
@@ -230,6 +235,11 @@ def make_step(
     grads = jax.tree.map(lambda g: g / loss_scale, grads)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rate = schedule(state.step)
+    if state.rate:
+      # Updates are proportional to the learning rate, weight decay included.
+      updates = jax.tree.map(lambda u: state.rate['factor'] * u, updates)
+      rate = state.rate['factor'] * rate
     params = optax.apply_updates(state.params, updates)
     if ema_decay:
       t = state.step.astype(jnp.float32)
@@ -246,7 +256,7 @@ def make_step(
       ema = {}
     metrics = metrics | {
       'gradient_norm': norm,
-      'learning_rate': schedule(state.step),
+      'learning_rate': rate,
     }
     metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), metrics)
     finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
@@ -258,6 +268,7 @@ def make_step(
       carry if keep_carry or slots is not None else {},
       state.step + 1,
       state.key,
+      state.rate,
     )
     # A bad update never lands. The choice sits here, and not in the loop, so
     # that XLA fuses it with the update.

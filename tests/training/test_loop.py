@@ -243,6 +243,7 @@ def test_early_stopping(tmp_path):
       'metric': 'validation/accuracy',
       'mode': 'max',
       'patience': 2,
+      'rules': {},
     },
   )
   loop.run(experiment, tmp_path)

@@ -142,6 +142,12 @@ def test_small_new_dips_are_a_heartbeat():
   assert 'cut' in actions[1]
 
 
+def test_early_divergence_stops_before_there_is_a_trend():
+  found = verdicts([3.0, 2.5, 2.8, 2.8, 2.9, 3.0])
+  assert found[-1].rule == 'divergence' and len(found) == 5
+  assert rules_of(verdicts([3.0, 2.5, 2.8, 2.4, 2.9, 2.3]))[-1] != 'divergence'
+
+
 def test_a_falling_probe_stops():
   curve = falling(40, rate=0.97)
   probe = np.concatenate([np.linspace(0.2, 0.9, 20), np.linspace(0.9, 0.5, 20)])

@@ -134,6 +134,7 @@ def experiment(keep_carry=False, poison=None, loss=None, **changes):
       batch_size=train['batch_size'],
       ema_decay=train['ema_decay'],
       keep_carry=keep_carry,
+      with_rate=bool(data['early_stopping']['rules']),
     ),
     make_step=lambda axis: make_step(
       network,

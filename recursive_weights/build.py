@@ -203,7 +203,12 @@ def build_model(config: dict[str, Any], task: Task) -> Model:
 
   dtype = jnp.dtype(config['dtype'])
   model = make(
-    'models', config['model'], task.spec, dtype=dtype, answers=task.answers
+    'models',
+    config['model'],
+    task.spec,
+    dtype=dtype,
+    answers=task.answers,
+    build=make,
   )
   rules = config['recursive']['rules']
   if not rules:
@@ -271,6 +276,29 @@ def build_evaluators(
     )
     for name, arguments in fields.items()
   }
+
+
+def build_federation(config, model, task, objective, output_dir):
+  """What `config.federation` does every n steps, () where it is off."""
+  if not config['federation']['every']:
+    return ()
+  if config['num_seeds'] > 1:
+    raise UserError(
+      f'federation needs num_seeds = 1, got {config["num_seeds"]}: give every '
+      'seed a run of its own'
+    )
+  from recursive_weights.training import federation
+
+  return (
+    federation.make(
+      model,
+      task,
+      objective,
+      **config['federation'],
+      batch_size=config['training']['batch_size'],
+      output_dir=output_dir,
+    ),
+  )
 
 
 def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
@@ -364,6 +392,7 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
     tasks=tasks,
     init=init,
     make_step=make_own_step,
+    every=build_federation(config, model, tasks[0], objective, output_dir),
     **evaluators,
   )
 

@@ -105,6 +105,8 @@ class Spec(NamedTuple):
     batches change with the step, the first of them at step 0; `()` for none.
   puzzles: number of puzzle identities, where inputs are `{'tokens', 'puzzle'}`
     and name each row's (int32 `[B]`); else 0.
+  domains: names of the domains that texts are of, where inputs have a `domain`
+    (int32 `[B]`) that numbers each row's; else ().
   """
 
   inputs: Tree
@@ -113,6 +115,7 @@ class Spec(NamedTuple):
   sizes: dict[str, int | None]
   phases: tuple = ()
   puzzles: int = 0
+  domains: tuple[str, ...] = ()
 
 
 class Text(NamedTuple):

@@ -86,8 +86,8 @@ def make(
 
   generator = _splits.generator(seed, _splits.NAMES.index('train'))
   order_L = generator.permutation(len(parts['train']))
-  streams = {name: _stream(parts[name], known) for name in parts}
-  ring = _stream([parts['train'][i] for i in order_L], known)
+  streams = {name: stream(parts[name], known) for name in parts}
+  ring = stream([parts['train'][i] for i in order_L], known)
   ring = np.roll(ring, -int(generator.integers(len(ring))))
   sizes: dict[str, int | None] = {
     name: -(-len(x) // length) for name, x in streams.items()
@@ -101,7 +101,7 @@ def make(
     rows_B, weight_B = _splits.in_order(sizes[split], index, size)
     first_B = rows_B * length
     left_B = np.minimum(len(streams[split]) - first_B, length)
-    return _chunks(streams[split], first_B, length) | {
+    return chunks(streams[split], first_B, length) | {
       'length': left_B.astype(np.int32),
       'weight': (weight_B * left_B / length).astype(np.float32),
     }
@@ -121,7 +121,7 @@ def make(
           'has no other text'
         )
       first_B = np.roll(first_B, index % size)
-    return _chunks(ring, first_B + offset, chunk) | {
+    return chunks(ring, first_B + offset, chunk) | {
       'length': np.full(size, chunk, np.int32),
       'weight': np.ones(size, np.float32),
     }
@@ -139,11 +139,11 @@ def make(
     ),
     batch=batch,
     augment=lambda key, batch: batch,
-    loss=_loss,
+    loss=loss,
     data_hash={
       name: _puzzle_files.sha256([x, known]) for name, x in streams.items()
     },
-    text=_text(known, tokens),
+    text=reader(known, tokens),
   )
 
 
@@ -176,7 +176,7 @@ def _place(phases, index):
   return offset, phases[current][1]
 
 
-def _chunks(ring, first_B, length):
+def chunks(ring, first_B, length):
   """Chunks of a ring of tokens, and what comes after each token."""
   place_BT = (first_B[:, None] + np.arange(length + 1)[None]) % len(ring)
   tokens_BT = ring[place_BT].astype(np.int32)
@@ -187,7 +187,7 @@ def _chunks(ring, first_B, length):
   }
 
 
-def _stream(rows, known):
+def stream(rows, known):
   """All documents one after another, a boundary before each."""
   parts = []
   for row in rows:
@@ -208,7 +208,7 @@ def _tokens(units, known):
   return place + 1
 
 
-def _text(known, tokens):
+def reader(known, tokens):
   def encode(text):
     return _tokens(_documents.units(text.encode(), tokens), known).astype(
       np.int32
@@ -225,7 +225,7 @@ def _text(known, tokens):
   return interfaces.Text(encode, decode, BOUNDARY, unit)
 
 
-def _loss(answer, batch):
+def loss(answer, batch):
   """Mean cross-entropy of logits `[B, T, V]` over the tokens that count.
 
   Metrics: accuracy, the share of tokens that were the likeliest.

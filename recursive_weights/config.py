@@ -6,6 +6,7 @@ it. Values are numbers, strings, booleans, dicts and tuples.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -85,6 +86,15 @@ def base() -> ConfigDict:
         'patience': 10,
         'rules': {},
       },
+      # Members trained apart agree on a centre at every n-th step (0: off); see
+      # `training.federation`.
+      'federation': {
+        'every': 0,
+        'topology': 'hub',
+        'rate': 1.0,
+        'temperature': 0.1,
+        'batches': 1,
+      },
       'devices': {'strategy': 'data', 'model_parallel': 1},
       # Evaluators by name with their arguments, and when they run.
       'evaluators': {'during': {}, 'after': {}},
@@ -138,3 +148,13 @@ def variants(text: str | None, known: tuple[str, ...]) -> set[str]:
       f'unknown variant {", ".join(unknown)}: choose among {", ".join(known)}'
     )
   return names
+
+
+def one(chosen: set[str], names: Iterable[str]) -> str:
+  """The chosen one of variants that exclude each other, '' for none."""
+  found = sorted(chosen & set(names))
+  if len(found) > 1:
+    raise UserError(
+      f'choose one of {", ".join(found)}: they exclude each other'
+    )
+  return found[0] if found else ''

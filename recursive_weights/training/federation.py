@@ -78,10 +78,11 @@ def make(
       'federation needs members with copies of the centre: model specialists '
       'with apart=True'
     )
-  start = jax.jit(lambda: model.init(jax.random.key(0), joined['inputs']))()
 
   @jax.jit
   def judge(params):
+    # Of this only operators are used, which begin as the identity.
+    start = model.init(jax.random.key(0), joined['inputs'])
     centres = specialists.at_start(params, start)
 
     def one(index):

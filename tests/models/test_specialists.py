@@ -8,12 +8,12 @@ import pytest
 
 from recursive_weights import build
 from recursive_weights.derivation import report
-from recursive_weights.interfaces import Model, Spec, UserError
+from recursive_weights.interfaces import Spec, UserError
 from recursive_weights.models import ctm_neurons, specialists
 from recursive_weights.recursion import objective
 from recursive_weights.tasks import domains
+from tests import tiny_members
 
-TOY = {'name': 'toy'}
 NAMES = ('LOGOS', 'BIOS', 'OIKOS')
 E = len(NAMES)
 CTM = {
@@ -27,46 +27,6 @@ CTM = {
   'sync_out': 4,
   'sync_action': 4,
 }
-D = 6
-
-
-def toy(spec):
-  """A language model of a running sum and two layers."""
-
-  def init(key, inputs):
-    assert set(inputs) == {'tokens', 'resets'}
-    keys = jax.random.split(key, 3)
-    return {
-      'table': jax.random.normal(keys[0], (spec.classes, D)),
-      'large': {
-        'past': 0.3 * jax.random.normal(keys[1], (D, D)),
-        'stack': 0.3 * jax.random.normal(keys[2], (2, D, D)),
-      },
-      'norm': jnp.ones(D),
-    }
-
-  def carry(params, batch_size):
-    return {'sum': jnp.zeros((batch_size, D))}
-
-  def apply(params, carry, inputs, *, key=None, train=False):
-    x_BTD = params['table'][inputs['tokens']]
-    sum_BTD = carry['sum'][:, None] + jnp.cumsum(x_BTD, axis=1)
-    h_BTD = x_BTD + jnp.tanh(sum_BTD @ params['large']['past'])
-    for w_DD in params['large']['stack']:
-      h_BTD = h_BTD + jnp.tanh(h_BTD @ w_DD)
-    logits_BTV = (h_BTD * params['norm'][None, None]) @ params['table'].T
-    outputs = {'logits': logits_BTV[None]}
-    if train:
-      outputs['penalties'] = {'size': (h_BTD**2).mean()}
-    return outputs, {'sum': sum_BTD[:, -1]}
-
-  return Model(init, carry, apply)
-
-
-def build_toy(room, fields, *arguments, **extra):
-  if fields['name'] == 'toy':
-    return toy(*arguments)
-  return build.make(room, fields, *arguments, **extra)
 
 
 def rule(pattern, *, basis=0, layers=True, **operator):
@@ -99,10 +59,12 @@ def task():
   return domains.make(domains=NAMES, length=8, passages=2, rows=2, problems=200)
 
 
-def make(task, kind, member=TOY, **fields):
+def make(task, kind, member=tiny_members.FIELDS, **fields):
   scheme, rules = SCHEMES[kind]
   fields = {'scheme': scheme, 'rules': rules} | fields
-  return specialists.make(task.spec, member=member, build=build_toy, **fields)
+  return specialists.make(
+    task.spec, member=member, build=tiny_members.build, **fields
+  )
 
 
 def moved(params, seed=0, scale=0.1):
@@ -345,4 +307,4 @@ def test_errors_say_what_to_do(task, fields, message):
 def test_a_task_without_domains_is_refused(task):
   spec = task.spec._replace(domains=())
   with pytest.raises(UserError, match='need a task whose inputs have a domain'):
-    specialists.make(spec, member=TOY, build=build_toy)
+    specialists.make(spec, member=tiny_members.FIELDS, build=tiny_members.build)

@@ -25,7 +25,7 @@ def make(rank: int = 8) -> Operator:
 
   def init(key, base):
     rows, columns = matrix.size(base.shape)
-    a_FR = jax.random.normal(key, (rows, rank)) / jnp.sqrt(rank)
+    a_FR = jax.nn.initializers.lecun_normal()(key, (rows, rank))
     return {'a': a_FR, 'b': jnp.zeros((rank, columns))}
 
   def apply(theta, base):

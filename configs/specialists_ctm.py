@@ -1,0 +1,69 @@
+"""Can seven Continuous Thought Machines share one set of weights?
+
+TO BE WRITTEN
+"""
+
+from configs import specialists_lm
+from recursive_weights import config as config_lib
+
+MATRICES = r'^(nlm/w1|synapse/.*kernel|readout/kernel)$'
+SCHEMES = {
+  'independent': (),
+  'centre': (),
+  'derived': (MATRICES, 0, {'name': 'residual', 'kind': 'low_rank', 'rank': 3}),
+  'low_rank': (MATRICES, 0, {'name': 'low_rank', 'rank': 4}),
+  'basis': (r'^(nlm/w1|synapse/.*kernel)$', 2, {'name': ''}),
+}
+VARIANTS = ('smoke', *SCHEMES, *specialists_lm.FEDERATIONS)
+
+
+def get_config(variant=None):
+  chosen = config_lib.variants(variant, VARIANTS)
+  config = config_lib.base()
+  config.task = {
+    'name': 'domains',
+    'path': '',  # '': problems that are generated
+    'domains': (),
+    'answer': 'next',
+    'length': 12,
+    'passages': 8,
+    'rows': 16,
+    'levels': (1, 2, 3),
+    'problems': 2000,
+  }
+  config.model = {
+    'name': 'specialists',
+    'member': {
+      'name': 'ctm',
+      'width': 64,
+      'input_width': 32,
+      'heads': 2,
+      'memory': 8,
+      'ticks': 4,
+      'nlm': {'hidden': 4, 'activation': 'relu', 'layers': 0, 'norm': False},
+      'sync_out': 64,
+      'sync_action': 32,
+      'pairing': 'random-pairing',
+      'self_pairs': 8,
+    },
+  }
+  config.objective.name = 'certainty'
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.schedule.update(warmup_steps=50, final_fraction=0.1)
+  config.training.update(
+    steps=800,
+    batch_size=112,
+    steps_per_dispatch=25,
+    report_every=25,
+    evaluate_every=200,
+  )
+  config.checkpoint.update(every=400, best='validation/loss', mode='min')
+  specialists_lm.evaluate(config)
+  specialists_lm.share(config, chosen, SCHEMES, layers=False)
+  if 'smoke' in chosen:
+    config.task.update(length=8, passages=2, rows=4, problems=200)
+    config.model.member.update(width=16, input_width=8, ticks=2, memory=4)
+    config.model.member.update(sync_out=16, sync_action=8, self_pairs=2)
+    config.evaluators.after.domains.passage = 4
+    specialists_lm.smoke(config)
+  return config

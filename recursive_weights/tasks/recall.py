@@ -29,7 +29,7 @@ KINDS = ('passkey', 'tracking')
 DIGITS = '0123456789'
 PEOPLE = ('ann', 'bob', 'dan', 'eve', 'ida', 'kim', 'leo', 'tom')
 THINGS = ('cup', 'hat', 'key')
-_CODE = 5
+CODE = 5
 _WORDS = (
   ('the old', 'a small', 'the quiet', 'some green', 'a cold', 'another dark'),
   ('river', 'garden', 'window', 'road', 'forest', 'table', 'morning', 'house'),
@@ -46,6 +46,11 @@ class Story(NamedTuple):
   answer: str
   last: str
 
+  @property
+  def size(self) -> int:
+    """Characters without filler."""
+    return len(self.fact + self.question + self.answer)
+
 
 def make(
   *,
@@ -54,6 +59,7 @@ def make(
   distances: tuple[int, ...] = (0, 4, 16, 64),
   length: int = 176,
   rest: float = 0.1,
+  digits: tuple[int, ...] = (CODE,),
   symbols: str = DIGITS,
   share: float = 0.0,
   path: str = '',
@@ -78,6 +84,8 @@ def make(
     distances: characters of filler between fact and question, equally often.
     length: T, at least what the longest story needs.
     rest: weight of all other tokens of a story in its loss.
+    digits: lengths of codes, equally often; longer ones, of which a text says
+      more that is asked for, are faster to learn from.
     symbols: the ten or so characters that codes are made of.
     share: of training rows that are tracks of ordinary text, the first ones;
       their loss is its mean over all tokens.
@@ -93,18 +101,20 @@ def make(
   )
   assert base.text is not None
   encode = base.text.encode
-  needed = _check(kinds, distances, length, rest, symbols, share, eval_size)
+  _check(kinds, distances, rest, digits, symbols, share, eval_size)
+  _needed(kinds, distances, length, max(digits))
   check_symbols(base.text, symbols)
 
   def stories(split, stream, size):
     kind_B = stream.integers(len(kinds), size=size)
     distance_B = stream.choice(np.array(distances), size)
+    digits_B = stream.choice(np.array(digits), size)
     tokens_BT = np.full((size, length + 1), text.BOUNDARY, np.int32)
     answer_BT = np.zeros((size, length), bool)
     for row in range(size):
-      kind, distance = kinds[kind_B[row]], int(distance_B[row])
-      before = length - needed[kind] - distance
-      story = draw(kind, stream, split, symbols)
+      distance = int(distance_B[row])
+      story = draw(kinds[kind_B[row]], stream, split, symbols, digits_B[row])
+      before = length - story.size - distance
       words = told(story, stream, distance, before)
       tokens_BT[row, 1:] = encode(words + story.answer)
       answer_BT[row, -len(story.answer) :] = True
@@ -151,12 +161,16 @@ def told(
 
 
 def draw(
-  kind: str, stream: np.random.Generator, split: str, symbols: str = DIGITS
+  kind: str,
+  stream: np.random.Generator,
+  split: str,
+  symbols: str = DIGITS,
+  digits: int = CODE,
 ) -> Story:
   """A story of that split; those of other splits are drawn again."""
   make_one = {'passkey': _passkey, 'tracking': _tracking}[kind]
   while True:
-    story = make_one(stream, symbols)
+    story = make_one(stream, symbols, digits)
     fact_1N = np.frombuffer(story.fact.encode(), np.uint8)[None]
     where = int(_splits.by_hash(_splits.hash_rows(fact_1N))[0])
     if _splits.NAMES[where] == split:
@@ -188,13 +202,13 @@ def check_symbols(words: interfaces.Text, symbols: str) -> None:
       ) from error
 
 
-def _passkey(stream, symbols):
-  code = ''.join(symbols[i] for i in stream.integers(len(symbols), size=_CODE))
+def _passkey(stream, symbols, digits):
+  code = ''.join(symbols[i] for i in stream.integers(len(symbols), size=digits))
   return Story(f'the code is {code}. ', 'what is the code? ', code, code)
 
 
-def _tracking(stream, symbols):
-  del symbols
+def _tracking(stream, symbols, digits):
+  del symbols, digits
   first, second, third, fourth, *_ = (PEOPLE[i] for i in stream.permutation(8))
   one, two, _ = (THINGS[i] for i in stream.permutation(3))
   moves = [(first, one, third), (second, two, fourth)]
@@ -238,8 +252,19 @@ def _loss(answer, batch):
   }
 
 
-def _check(kinds, distances, length, rest, symbols, share, eval_size):
-  """Characters that each kind of story needs without its filler."""
+def _needed(kinds, distances, length, digits):
+  """Raises `UserError` where a story does not fit into a row."""
+  stream = np.random.default_rng(0)
+  size = max(draw(kind, stream, 'train', digits=digits).size for kind in kinds)
+  least = size + max(distances)
+  if length < least:
+    raise UserError(
+      f'length must be at least {least} for a distance of {max(distances)}, '
+      f'got {length}: make it longer or the distances shorter'
+    )
+
+
+def _check(kinds, distances, rest, digits, symbols, share, eval_size):
   unknown = sorted(set(kinds) - set(KINDS))
   if unknown or not kinds:
     raise UserError(f'kinds must be among {KINDS}, got {tuple(kinds)}')
@@ -247,6 +272,8 @@ def _check(kinds, distances, length, rest, symbols, share, eval_size):
     raise UserError(f'distances must be numbers >= 0, got {tuple(distances)}')
   if rest < 0:
     raise UserError(f'rest must be >= 0, got {rest}')
+  if not digits or min(digits) < 1:
+    raise UserError(f'digits must be numbers > 0, got {tuple(digits)}')
   if not 0 <= share < 1:
     raise UserError(f'share must lie in [0, 1), got {share}')
   if eval_size < 1:
@@ -255,15 +282,3 @@ def _check(kinds, distances, length, rest, symbols, share, eval_size):
     raise UserError(
       f'symbols must be two different characters or more, got {symbols!r}'
     )
-  stream = np.random.default_rng(0)
-  needed = {}
-  for kind in kinds:
-    story = draw(kind, stream, 'train', symbols)
-    needed[kind] = len(story.fact + story.question + story.answer)
-  least = max(needed.values()) + max(distances)
-  if length < least:
-    raise UserError(
-      f'length must be at least {least} for a distance of {max(distances)}, '
-      f'got {length}: make it longer or the distances shorter'
-    )
-  return needed

@@ -21,12 +21,18 @@ APART = {
   'arc_submission',
   'compression',
   'early_exit',
+  'forgetting',
   'halting',
+  'identity',
   'perplexity',
   'pictures',
+  'poison',
+  'recall',
   'restarts',
   'retrieval',
   'samples',
+  'state_jitter',
+  'utilisation',
 }
 NAMES = sorted(
   m.name

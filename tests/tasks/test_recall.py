@@ -45,6 +45,14 @@ def test_the_answer_is_what_the_text_says(both):
   assert seen == set(recall.KINDS)
 
 
+def test_codes_have_the_lengths_asked_for():
+  task = recall.make(kinds=('passkey',), digits=(3, 12), length=120)
+  answers = [answer for _, answer in rows(task)]
+  assert {len(answer) for answer in answers} == {3, 12}
+  with pytest.raises(UserError, match='length must be at least 120'):
+    recall.make(kinds=('passkey',), digits=(3, 12), length=119)
+
+
 def test_rows_are_one_document_with_the_distance_asked_for(both):
   found = set()
   batch = both.batch('train', 3, 60)
@@ -137,6 +145,7 @@ def test_mixed_rows_are_tracks_of_the_text():
     ({'distances': (-1,)}, r'distances must be numbers >= 0, got \(-1,\)'),
     ({'length': 100}, r'length must be at least 170 for a distance of 64'),
     ({'rest': -0.5}, 'rest must be >= 0, got -0.5'),
+    ({'digits': ()}, r'digits must be numbers > 0, got \(\)'),
     ({'share': 1.0}, r'share must lie in \[0, 1\), got 1.0'),
     ({'eval_size': 0}, 'eval_size must be > 0, got 0'),
     ({'symbols': '00'}, "symbols must be two different .*, got '00'"),

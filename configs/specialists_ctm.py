@@ -48,18 +48,26 @@ def get_config(variant=None):
     },
   }
   config.objective.name = 'certainty'
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule.update(warmup_steps=50, final_fraction=0.1)
   config.training.update(
-    steps=800,
-    batch_size=112,
+    steps=600,
+    batch_size=224,
     steps_per_dispatch=25,
+    ema_decay=0.99,
     report_every=25,
     evaluate_every=200,
   )
-  config.checkpoint.update(every=400, best='validation/loss', mode='min')
+  config.checkpoint.update(every=300, best='validation/loss', mode='min')
   specialists_lm.evaluate(config)
   specialists_lm.share(config, chosen, SCHEMES, layers=False)
+  if config.model.rules:
+    # A member sees a seventh of the rows: its operators need shorter steps.
+    everything = config.optimizer.groups.all.to_dict()
+    config.optimizer.groups = {
+      'members': everything | {'pattern': '^members/', 'lr_scale': 0.3},
+      'rest': everything | {'pattern': '^(?!members/)'},
+    }
   if 'smoke' in chosen:
     config.task.update(length=8, passages=2, rows=4, problems=200)
     config.model.member.update(width=16, input_width=8, ticks=2, memory=4)

@@ -55,7 +55,7 @@ def make(
       SPLIT/margin_low               lower end of its 95 % interval
       SPLIT/least_margin             smallest over domains, in its standard
                                      errors over passages
-      SPLIT/centre_loss              with operators as they began
+      SPLIT/centre_loss              operators as they began, the mean of copies
       router/top@K, router/METHOD@K  share of passages whose domain is named
       router/loss                    second halves, by the member that is chosen
       router/own_loss                the same by the domain's own member
@@ -115,9 +115,12 @@ def make(
   def evaluate(params, key):
     loss_EDPR = losses(params).astype(np.float64)
     result, matrix = _matrix(loss_EDPR, names, split)
-    if 'members' in params and 'centre' in params:
+    if 'members' in params and ('centre' in params or 'centres' in params):
       start = jax.jit(lambda: model.init(key, held[0]['inputs']))()
       centre = specialists.select(specialists.at_start(params, start), 0)
+      if 'centres' in params:
+        mean = jax.tree.map(lambda x: x.mean(0)[None], params['centres'])
+        centre = centre | {'centres': mean}
       result[f'{split}/centre_loss'] = float(losses(centre).mean())
     result |= _routed(loss_EDPR, length, top_k)
     result |= _by_centroids(text, _known(task, known), passage, top_k)

@@ -1,7 +1,9 @@
 """What the chunked scans of matrix states share: layout, checks, commits.
 
-Inside, arrays are `[chunks, B, G, R, C, K]`: G heads of queries and keys, each
-of which serves R heads of values, H = G R.
+Inside, arrays are `[chunks, N, R, C, K]`, N = B G: G heads of queries and keys,
+each of which serves R heads of values, H = G R. No more axes than that: in
+gradients of arrays of seven, XLA's CPU backend (jaxlib 0.10.2) makes programs
+that crash, and `vmap` over members and blocks of `decay` add two.
 """
 
 from typing import NamedTuple
@@ -156,39 +158,45 @@ def choose(
 
 
 def split(x: Array, chunk: int, groups: int) -> Array:
-  """`[B, T, H, K]` to `[chunks, B, G, R, C, K]`, padded with zeros."""
+  """`[B, T, H, K]` to `[chunks, N, R, C, K]`, padded with zeros."""
   batch, length, heads, width = x.shape
   count = max(1, -(-length // chunk))
   x = jnp.pad(x, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
-  x = x.reshape(batch, count, chunk, groups, heads // groups, width)
-  return x.transpose(1, 0, 3, 4, 2, 5)
+  # Two transpositions of five axes, not one of six.
+  x = jnp.swapaxes(x, 1, 2).reshape(
+    batch * groups, heads // groups, count, chunk, width
+  )
+  return jnp.moveaxis(x, 2, 0)
 
 
-def split_flags(x_BT: Array, chunk: int) -> Array:
-  """bool `[B, T]` to `[chunks, B, 1, 1, C]`."""
-  return split(x_BT[:, :, None, None], chunk, 1)[..., 0]
+def split_flags(x_BT: Array, chunk: int, groups: int) -> Array:
+  """bool `[B, T]` to `[chunks, N, 1, C]`."""
+  x = split(x_BT[:, :, None, None], chunk, 1)[..., 0]
+  return jnp.repeat(x, groups, axis=1)
 
 
-def join(y: Array, length: int) -> Array:
+def join(y: Array, length: int, groups: int) -> Array:
   """The inverse of `split`."""
-  count, batch, groups, repeats, chunk, width = y.shape
-  y = y.transpose(1, 0, 4, 2, 3, 5)
-  y = y.reshape(batch, count * chunk, groups * repeats, width)
-  return y[:, :length]
+  count, rows, repeats, chunk, width = y.shape
+  y = jnp.moveaxis(y, 0, 2).reshape(
+    rows // groups, groups * repeats, count * chunk, width
+  )
+  return jnp.swapaxes(y, 1, 2)[:, :length]
 
 
 def grouped(states: Tree, groups: int) -> Tree:
-  """Every `[B, H, ...]` of a tree, which may be None, as `[B, G, R, ...]`."""
+  """Every `[B, H, ...]` of a tree, which may be None, as `[N, R, ...]`."""
 
   def one(x):
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    batch, heads, *rest = x.shape
+    return x.reshape(batch * groups, heads // groups, *rest)
 
   return jax.tree.map(one, states)
 
 
-def ungrouped(state: Array) -> Array:
-  batch, groups, repeats, *rest = state.shape
-  return state.reshape(batch, groups * repeats, *rest)
+def ungrouped(state: Array, groups: int) -> Array:
+  rows, repeats, *rest = state.shape
+  return state.reshape(rows // groups, groups * repeats, *rest)
 
 
 def per_head(x_BGK: Array, heads: int) -> Array:
@@ -213,13 +221,14 @@ def commit(pending: Pending, length_B: Array) -> Array:
   Returns:
     float32 `[B, H, K, V]`.
   """
-  chunk = pending.k.shape[-2]
-  index_B, on_BC = locate(pending.starts, chunk, length_B)
-  rows_B = jnp.arange(index_B.shape[0])
+  chunk, rows = pending.k.shape[-2], pending.k.shape[1]
+  groups = rows // length_B.shape[0]
+  length_N = jnp.repeat(length_B, groups)
+  index_N, on_NC = locate(pending.starts, chunk, length_N)
   state, k, written, log_decay, resets = (
-    x[index_B, rows_B] for x in pending[:-1]
+    x[index_N, jnp.arange(rows)] for x in pending[:-1]
   )
-  on = on_BC[:, None, None, :]
+  on = on_NC[:, None, :]
   k = jnp.where(on[..., None], k, jnp.zeros([], k.dtype))
   factors = decay.anchors(
     jnp.where(on[..., None], log_decay, 0.0),
@@ -234,7 +243,7 @@ def commit(pending: Pending, length_B: Array) -> Array:
   )
   if pending.fresh is not None:
     state = state + factors.fresh_whole_K[..., None] * pending.fresh
-  return ungrouped(state)
+  return ungrouped(state, groups)
 
 
 def locate(starts: Array, chunk: int, length_B: Array) -> tuple[Array, Array]:

@@ -147,7 +147,7 @@ def _chunked(given: chunks.Inputs, chunk, precision):
       *(given.log_decay_BTHK, given.beta_BTH[..., None]),
     )
   )
-  resets = chunks.split_flags(given.resets_BT, chunk)
+  resets = chunks.split_flags(given.resets_BT, chunk, groups)
   fresh = chunks.grouped(given.fresh_BHKV, groups)
   q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
   factors = decay.anchors(log_decay, resets, fresh=fresh is not None)
@@ -189,6 +189,6 @@ def _chunked(given: chunks.Inputs, chunk, precision):
   y += times('...ck,...kv->...cv', q32 * factors.read_CK, starts)
   if fresh is not None:
     y += times('...ck,...kv->...cv', q32 * factors.fresh_read_CK, fresh[None])
-  y_BTHV = chunks.join(y, given.v_BTHV.shape[1]).astype(dtype)
+  y_BTHV = chunks.join(y, given.v_BTHV.shape[1], groups).astype(dtype)
   pending = Pending(starts, k, written, log_decay, resets, fresh)
-  return y_BTHV, chunks.ungrouped(state), pending
+  return y_BTHV, chunks.ungrouped(state, groups), pending

@@ -139,7 +139,7 @@ def _chunked(given: chunks.Inputs, bonus_HK, chunk, precision):
     chunks.split(x, chunk, groups)
     for x in (given.q_BTGK, given.k_BTGK, given.v_BTHV, given.log_decay_BTHK)
   )
-  resets = chunks.split_flags(given.resets_BT, chunk)
+  resets = chunks.split_flags(given.resets_BT, chunk, groups)
   fresh = chunks.grouped(given.fresh_BHKV, groups)
   q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
   factors = decay.anchors(
@@ -151,7 +151,8 @@ def _chunked(given: chunks.Inputs, bonus_HK, chunk, precision):
   diagonal_CK = q32 * k32
   if bonus_HK is not None:
     bonus = chunks.grouped(bonus_HK.astype(jnp.float32)[None], groups)
-    diagonal_CK = diagonal_CK * bonus[None, :, :, :, None]
+    bonus = jnp.tile(bonus, (given.v_BTHV.shape[0], 1, 1))
+    diagonal_CK = diagonal_CK * bonus[None, :, :, None]
 
   def times(spec, a, b):
     return decay.product(spec, a, b, dtype, precision)
@@ -174,6 +175,6 @@ def _chunked(given: chunks.Inputs, bonus_HK, chunk, precision):
   y += times('...ck,...kv->...cv', q32 * factors.read_CK, starts)
   if fresh is not None:
     y += times('...ck,...kv->...cv', q32 * factors.fresh_read_CK, fresh[None])
-  y_BTHV = chunks.join(y, given.v_BTHV.shape[1]).astype(dtype)
+  y_BTHV = chunks.join(y, given.v_BTHV.shape[1], groups).astype(dtype)
   pending = Pending(starts, k, v, log_decay, resets, fresh)
-  return y_BTHV, chunks.ungrouped(state), pending
+  return y_BTHV, chunks.ungrouped(state, groups), pending

@@ -289,6 +289,23 @@ def test_chunked_is_recurrent(name, gates, several):
   close(run(name, 'chunked', inputs, shared), expected)
 
 
+@pytest.mark.parametrize('name', ['rwkv6', 'kimi_delta', 'ssd'])
+def test_members_in_one_program(name):
+  """Gradients under vmap: one axis more, at which XLA's programs crashed."""
+  members = [given(name, seed=seed) for seed in (0, 1)]
+  alone = []
+  for inputs, shared in members:
+    real, flags, weights = parts_of(texts(shared))
+    alone.append(((device(inputs), real), flags, weights))
+  both = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+  each = jax.vmap(forms(name, 'chunked').__wrapped__)
+  found = jax.jit(each)(*both)
+  expected = [forms(name, 'chunked')(*member) for member in alone]
+  expected = jax.tree.map(lambda *x: jnp.stack(x), *expected)
+  close(found[0][1], expected[0][1])
+  close(found[1], expected[1])
+
+
 @pytest.mark.parametrize(
   'name', ['gated_linear', 'rwkv6', 'gated_delta', 'kimi_delta']
 )

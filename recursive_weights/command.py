@@ -23,6 +23,11 @@ def read_config_file(text: str) -> ConfigDict:
     UserError: no such file, or it has no get_config.
   """
   path, _, variant = text.partition(':')
+  return read_module(path).get_config(variant or None)
+
+
+def read_module(path: str):
+  """A config file as a module. Errors as for `read_config_file`."""
   if not pathlib.Path(path).is_file():
     found = sorted(str(p) for p in pathlib.Path('configs').glob('[!_]*.py'))
     raise UserError(
@@ -36,7 +41,7 @@ def read_config_file(text: str) -> ConfigDict:
   spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
     raise UserError(f'{path} has no function get_config(variant)')
-  return module.get_config(variant or None)
+  return module
 
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:

@@ -1,0 +1,381 @@
+r"""Trains a tier of a validation matrix, compares its members, and decides.
+
+  python -m recursive_weights.matrix --config=configs/hybrid_matrix.py \
+      --tier=1 --num_seeds=3 --workdir=runs/matrix \
+      [--variant=small] [--path=TEXT] [--second_path=OTHER_TEXT] \
+      [--learning_rates=5e-4,1e-3,2e-3 --screen_steps=3000] \
+      [--config.field=value ...]
+
+Tiers, members and questions are those of the config's module. Seeds of a member
+train in one program; with `--learning_rates` each member first tries them with
+one seed for `--screen_steps`, and takes the one with the best validation loss.
+Every run has its folder in the workdir, and the same command goes on where it
+stopped; members of earlier tiers are read, not trained again, and stand in the
+table too. Writes `table.md`, `table.json` and `plots/curves.png`.
+"""
+
+import json
+import logging
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from recursive_weights import command
+
+_log = logging.getLogger('recursive_weights.matrix')  # even as __main__
+
+LOSS = 'validation/loss'
+BASELINE = 'baseline'
+PURE = ('rwkv6', 'mamba2', 'attention')
+RATIO = 'gates/gradient_ratio'  # of the two halves of hybrid layers
+
+
+def main(overrides):
+  from recursive_weights.interfaces import UserError
+
+  given = flags.FLAGS
+  for name in ('config', 'workdir'):
+    if not given[name].value:
+      raise UserError(f'give --{name}')
+  module = command.read_module(given.config)
+  if given.tier not in module.TIERS:
+    raise UserError(
+      f'tier must be one of {", ".join(module.TIERS)}, got {given.tier!r}'
+    )
+  folder = pathlib.Path(given.workdir)
+  members = module.TIERS[given.tier]
+  # All are built first: a mistake in the last one costs no training.
+  for member in members:
+    build(module, member, overrides)
+  for member in members:
+    train(module, member, folder, overrides)
+  rows = [
+    measure(member, folder / member)
+    for member in module.MEMBERS
+    if (folder / member / 'results.json').exists()
+  ]
+  found = {row['member']: row for row in rows}
+  decisions = [decide(found, *question) for question in module.QUESTIONS]
+  decisions = [d for d in decisions if d]
+  verdict = scale(found, decisions, module.QUESTIONS)
+  text = '\n'.join(
+    [table(found), answers(decisions), diagnosis(found), report(verdict), '']
+  )
+  (folder / 'table.md').write_text(text)
+  whole = {'members': rows, 'decisions': decisions, 'scale': verdict}
+  (folder / 'table.json').write_text(json.dumps(whole, indent=1) + '\n')
+  picture([row['member'] for row in rows], folder)
+  print(text)
+  print(json.dumps({row['member']: mean(row['best']) for row in rows}))
+
+
+def build(module, member: str, overrides: list[str], **fields):
+  """The experiment of a member; `fields` are dotted names of its config."""
+  from recursive_weights import build, config
+
+  given = flags.FLAGS
+  size = [given.variant] if given.variant else []
+  path = given.second_path if member == 'second_text' else given.path
+  changes = {'num_seeds': given.num_seeds, 'task.path': path} | fields
+  changed = command.override(
+    module.get_config(','.join([member, *size])),
+    [*overrides, *(f'--config.{k}={v}' for k, v in changes.items())],
+  )
+  return build.build(config.to_data(changed))
+
+
+def train(module, member: str, folder: pathlib.Path, overrides) -> None:
+  """Trains a member, after the one whose weights it begins with."""
+  given = flags.FLAGS
+  fields: dict[str, Any] = {}
+  if given.learning_rates:
+    fields['optimizer.learning_rate'] = best_rate(
+      module, member, folder, overrides
+    )
+  first = module.AFTER.get(member)
+  if first:
+    run(build(module, first, overrides, **fields), folder / first)
+    fields['init_from'] = str(folder / first)
+  run(build(module, member, overrides, **fields), folder / member)
+
+
+def best_rate(module, member: str, folder, overrides) -> float:
+  """The learning rate with the lowest validation loss of one short run each."""
+  given = flags.FLAGS
+  losses = {}
+  for rate in map(float, given.learning_rates):
+    workdir = folder / 'screen' / f'{member}-{rate:g}'
+    fields = {
+      'num_seeds': 1,
+      'training.steps': given.screen_steps,
+      'optimizer.learning_rate': rate,
+    }
+    run(build(module, member, overrides, **fields), workdir)
+    losses[rate] = float(mean(measure(member, workdir)['best']))
+  chosen = min(losses, key=lambda rate: losses[rate])
+  tried = ', '.join(f'{rate:g}: {loss:.4f}' for rate, loss in losses.items())
+  _log.info('%s takes learning rate %g of %s', member, chosen, tried)
+  return chosen
+
+
+def run(experiment, workdir: pathlib.Path) -> None:
+  """Trains an experiment to its end, from where it is."""
+  from recursive_weights.interfaces import UserError
+  from recursive_weights.training import loop
+
+  _log.info('%s', workdir)
+  if not loop.run(experiment, str(workdir)):
+    raise UserError(
+      f'{workdir} was interrupted; the same command goes on from there'
+    )
+
+
+def measure(member: str, workdir: pathlib.Path) -> dict[str, Any]:
+  """What a finished run came to, by seed where there are several.
+
+  `best` and `last` are validation losses in training, `results` what the final
+  evaluators found, `tokens_per_second` of all seeds together the median.
+  """
+  from recursive_weights.evaluators import compression
+  from recursive_weights.training import checkpoints, metrics
+
+  data = checkpoints.read_config(workdir)
+  history = metrics.read(workdir / 'metrics.jsonl')
+  curve_EN = compression.curves(history, LOSS)
+  rates = [
+    x['time/steps_per_second'] for x in history if 'time/steps_per_second' in x
+  ]
+  train, seeds = data['training'], data['num_seeds']
+  tokens = seeds * train['batch_size'] * data['task']['length']
+  return {
+    'member': member,
+    'parameters': parameters(data),
+    'learning_rate': data['optimizer']['learning_rate'],
+    'steps': train['steps'],
+    'tokens': train['steps'] * tokens // seeds,
+    'best': curve_EN.min(1).tolist(),
+    'last': curve_EN[:, -1].tolist(),
+    'tokens_per_second': float(np.median(rates)) * tokens,
+    'data': data['data_hash'],
+    'results': json.loads((workdir / 'results.json').read_text()),
+  }
+
+
+def parameters(data: dict[str, Any]) -> int:
+  """Number of parameters that a run of this config stores, of one seed."""
+  import jax
+
+  from recursive_weights import build
+
+  shapes = build.parameter_shapes(data | {'num_seeds': 1})
+  return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def mean(values) -> float:
+  return float(np.mean(values))
+
+
+def spread(values) -> float:
+  """Sample standard deviation, 0 of one value."""
+  return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def apart(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+  """Mean of `ours - theirs`, and what it must exceed to be more than chance.
+
+  Pairs of seeds: twice the standard error of their differences, or of the two
+  means where the numbers of seeds differ; infinite for a single seed, which
+  tells nothing of its spread.
+  """
+  found = mean(ours) - mean(theirs)
+  if min(len(ours), len(theirs)) < 2:
+    return found, math.inf
+  if len(ours) == len(theirs):
+    error = spread(np.subtract(ours, theirs)) / math.sqrt(len(ours))
+  else:
+    error = math.hypot(
+      spread(ours) / math.sqrt(len(ours)),
+      spread(theirs) / math.sqrt(len(theirs)),
+    )
+  return found, 2 * error
+
+
+def decide(found, question: str, member: str, keep: str, take: str):
+  """A line of the table of decisions; None where a member is missing."""
+  if BASELINE not in found or member not in found:
+    return None
+  if found[BASELINE]['data'] != found[member]['data']:
+    return None
+  gain, least = apart(found[BASELINE]['best'], found[member]['best'])
+  verdict = 'within the spread'
+  if math.isinf(least):
+    verdict = 'one seed tells no spread'
+  elif abs(gain) > least:
+    verdict = take if gain > 0 else keep
+  return {
+    'question': question,
+    'member': member,
+    'gain': gain,
+    'least': None if math.isinf(least) else least,
+    'verdict': verdict,
+  }
+
+
+def diagnose(hybrid: list[float], first: list[float], second: list[float]):
+  """What it means where the losses of a hybrid and its halves' models lie.
+
+  Worse than both pure models: they hinder each other, so the training is at
+  fault. Between them: the hybrid is no more than its better half, so its
+  capacity or its block is. Better than both: they work together. By mean
+  losses, where the difference from the next one is more than the spread.
+  """
+  low, high = sorted((first, second), key=mean)
+  gain, least = apart(low, hybrid)
+  if gain > least:
+    return 'better than both halves: they work together'
+  if gain >= 0 or -gain <= least:
+    return 'as good as the better half, within the spread'
+  gain, least = apart(high, hybrid)
+  if gain < -least:
+    return 'worse than both halves: a problem of training'
+  return 'between its halves: a problem of capacity or architecture'
+
+
+def scale(found, decisions, questions) -> dict[str, Any]:
+  """Whether the baseline may be scaled: conditions, True, False or None.
+
+  None is 'not measured'. The verdict is 'scale' where all are True, 'do not
+  scale' where one is False, else 'not known yet'.
+  """
+  conditions: dict[str, bool | None] = dict.fromkeys(
+    (
+      'beats every pure model by more than the spread',
+      'validation does not rise again by 5 %',
+      'gradients of the halves are within 3x',
+      'what every feature is worth is known',
+    )
+  )
+  names = list(conditions)
+  if BASELINE in found:
+    row = found[BASELINE]
+    if all(name in found for name in PURE):
+      gaps = [apart(found[name]['best'], row['best']) for name in PURE]
+      conditions[names[0]] = all(gain > least for gain, least in gaps)
+    conditions[names[1]] = mean(row['last']) <= 1.05 * mean(row['best'])
+    ratio = row['results'].get(RATIO)
+    if ratio is not None:
+      conditions[names[2]] = 1 / 3 <= ratio <= 3
+  known = {d['member'] for d in decisions if d['least'] is not None}
+  if known >= {member for _, member, *_ in questions}:
+    conditions[names[3]] = True
+  values = conditions.values()
+  verdict = 'scale' if all(values) else 'not known yet'
+  if any(value is False for value in values):
+    verdict = 'do not scale'
+  return {'verdict': verdict, 'conditions': conditions}
+
+
+def table(found) -> str:
+  """Members as a Markdown table."""
+  head = ['member', 'parameters', 'rate', 'seeds', 'best validation']
+  head += ['against the baseline', 'last validation', 'test perplexity']
+  head += ['tokens/s', 'gates failed']
+  lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
+  for name, row in found.items():
+    gap = ''
+    if BASELINE in found and found[BASELINE]['data'] == row['data']:
+      gap = '{:+.4f} (needs {:.4f})'.format(
+        *apart(row['best'], found[BASELINE]['best'])
+      )
+    perplexity = row['results'].get('test/perplexity')
+    failed = sorted(
+      key.removeprefix('gates/')
+      for key, value in row['results'].items()
+      if key.startswith('gates/G') and value == 2 and 'seed' not in key
+    )
+    cells = [
+      name,
+      f'{row["parameters"]:,}',
+      f'{row["learning_rate"]:g}',
+      str(len(row['best'])),
+      f'{mean(row["best"]):.4f} ± {spread(row["best"]):.4f}',
+      gap,
+      f'{mean(row["last"]):.4f}',
+      '' if perplexity is None else f'{perplexity:.3f}',
+      f'{row["tokens_per_second"]:,.0f}',
+      ', '.join(failed),
+    ]
+    lines.append('| ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines) + '\n'
+
+
+def answers(decisions) -> str:
+  """The table of decisions; a gain is what the member's loss is lower by."""
+  lines = ['| question | member | gain | needs | answer |', '|---' * 5 + '|']
+  for d in decisions:
+    least = '' if d['least'] is None else f'{d["least"]:.4f}'
+    lines.append(
+      f'| {d["question"]} | {d["member"]} | {d["gain"]:+.4f} | {least} | '
+      f'{d["verdict"]} |'
+    )
+  return '\n'.join(lines) + '\n' if decisions else ''
+
+
+def diagnosis(found) -> str:
+  """What the hybrid and its halves tell of each other, as far as known."""
+  lines = []
+  if {BASELINE, 'rwkv6', 'mamba2'} <= found.keys():
+    losses = [found[name]['best'] for name in (BASELINE, 'rwkv6', 'mamba2')]
+    lines.append(f'The hybrid is {diagnose(*losses)}.')
+  for name in ('time_first', 'ssm_first'):
+    if BASELINE in found and name in found:
+      gain, least = apart(found[BASELINE]['best'], found[name]['best'])
+      what = 'no other loss, so it is not that they learn at once'
+      if gain > least:
+        what = 'a lower loss: halves hinder each other when they learn at once'
+      if gain < -least:
+        what = 'a higher loss: halves help each other from the start'
+      lines.append(
+        f'{name}: {gain:+.4f} (needs {least:.4f}) in the same steps: {what}.'
+      )
+  return '\n'.join(lines) + '\n' if lines else ''
+
+
+def report(verdict: dict[str, Any]) -> str:
+  words = {True: 'yes', False: 'no', None: 'not measured'}
+  return '\n'.join(
+    [
+      f'To a larger size: {verdict["verdict"]}.',
+      *(f'- {k}: {words[v]}' for k, v in verdict['conditions'].items()),
+    ]
+  )
+
+
+def picture(members: list[str], folder: pathlib.Path) -> None:
+  """Validation curves of all members, where matplotlib is installed."""
+  from recursive_weights.interfaces import UserError
+  from recursive_weights.plots import curves
+
+  runs = {m: [folder / m / 'metrics.jsonl'] for m in members}
+  path = folder / 'plots' / 'curves.png'
+  path.parent.mkdir(exist_ok=True)
+  try:
+    curves.curves(path, runs, metrics=(LOSS,), log=(LOSS,))
+  except UserError as error:
+    _log.info('no picture: %s', error)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('config', None, 'configs/NAME.py')
+  flags.DEFINE_string('tier', '1', 'which members: a name of the TIERS')
+  flags.DEFINE_string('variant', '', "a size, such as 'small'")
+  flags.DEFINE_integer('num_seeds', 3, 'seeds of each member')
+  flags.DEFINE_string('workdir', None, 'folder of all runs')
+  flags.DEFINE_string('path', '', "a text; '': what Python ships")
+  flags.DEFINE_string('second_path', '', 'the text of member second_text')
+  flags.DEFINE_list('learning_rates', [], 'tried by each member; (): none')
+  flags.DEFINE_integer('screen_steps', 3000, 'length of such a try')
+  command.run(main, __doc__)

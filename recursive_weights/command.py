@@ -120,6 +120,24 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
   return rest, found
 
 
+def numbers(flag: str, texts: Sequence[str], kind: type = float) -> list:
+  """The values of a list flag.
+
+  Raises:
+    UserError: one is no number of this kind, or is negative.
+  """
+  try:
+    found = [kind(text) for text in texts]
+  except ValueError:
+    found = [-1]
+  if any(value < 0 for value in found):
+    raise UserError(
+      f'--{flag} must be numbers >= 0 of type {kind.__name__}, joined by '
+      f'commas, got {",".join(texts)!r}'
+    )
+  return found
+
+
 def fail(message: str, code: int = 2):
   """Prints one message and exits; standard output stays clean."""
   print(f'error: {message}', file=sys.stderr)

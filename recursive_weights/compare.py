@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from recursive_weights import command
+from recursive_weights.io import json_files
 
 _log = logging.getLogger('recursive_weights.compare')  # even as __main__
 
@@ -41,7 +42,7 @@ def main(overrides):
     rows.append(measure(name, experiment, workdir))
   for row in rows:
     row |= against(row, rows[0])
-  (folder / 'table.json').write_text(json.dumps(rows, indent=1) + '\n')
+  json_files.write(folder / 'table.json', rows)
   text = table(rows)
   (folder / 'table.md').write_text(text)
   picture(variants, folder)
@@ -81,7 +82,7 @@ def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
   finished = workdir / 'results.json'
   if finished.exists() and steps_of(workdir) == data['training']['steps']:
     # Maybe on another machine, so that there is no checkpoint here.
-    results = json.loads(finished.read_text())
+    results = json_files.read(finished)
   else:
     results = loop.run(experiment, str(workdir))
   if not results:
@@ -190,6 +191,6 @@ if __name__ == '__main__':
   flags.DEFINE_string(
     'variants', None, "variants, the baseline first: 'independent;power,rank4'"
   )
-  flags.DEFINE_integer('num_seeds', 3, 'seeds of each variant')
+  flags.DEFINE_integer('num_seeds', 3, 'seeds of each variant', lower_bound=1)
   flags.DEFINE_string('workdir', None, 'folder of all runs')
   command.run(main, __doc__)

@@ -18,19 +18,24 @@ import json
 import logging
 import math
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from recursive_weights import command
+from recursive_weights.io import json_files
 
 _log = logging.getLogger('recursive_weights.matrix')  # even as __main__
 
 LOSS = 'validation/loss'
 BASELINE = 'baseline'
 PURE = ('rwkv6', 'mamba2', 'attention')
-RATIO = 'gates/gradient_ratio'  # of the two halves of hybrid layers
+# Of a component's gradient norm over the largest one's, by component.
+SHARES = re.compile(r'gates/gradient_share/(?!.*/(?:std|seed\d+)$)')
+GATES = re.compile(r'gates/(G[\d.]+)(?:/seed\d+)?')
+FAIL = 2
 
 
 def main(overrides):
@@ -48,6 +53,7 @@ def main(overrides):
   folder = pathlib.Path(given.workdir)
   members = module.TIERS[given.tier]
   # All are built first: a mistake in the last one costs no training.
+  command.numbers('learning_rates', given.learning_rates)
   for member in members:
     build(module, member, overrides)
   for member in members:
@@ -66,7 +72,7 @@ def main(overrides):
   )
   (folder / 'table.md').write_text(text)
   whole = {'members': rows, 'decisions': decisions, 'scale': verdict}
-  (folder / 'table.json').write_text(json.dumps(whole, indent=1) + '\n')
+  json_files.write(folder / 'table.json', whole)
   picture([row['member'] for row in rows], folder)
   print(text)
   print(json.dumps({row['member']: mean(row['best']) for row in rows}))
@@ -106,7 +112,7 @@ def best_rate(module, member: str, folder, overrides) -> float:
   """The learning rate with the lowest validation loss of one short run each."""
   given = flags.FLAGS
   losses = {}
-  for rate in map(float, given.learning_rates):
+  for rate in command.numbers('learning_rates', given.learning_rates):
     workdir = folder / 'screen' / f'{member}-{rate:g}'
     fields = {
       'num_seeds': 1,
@@ -160,7 +166,7 @@ def measure(member: str, workdir: pathlib.Path) -> dict[str, Any]:
     'last': curve_EN[:, -1].tolist(),
     'tokens_per_second': float(np.median(rates)) * tokens,
     'data': data['data_hash'],
-    'results': json.loads((workdir / 'results.json').read_text()),
+    'results': json_files.read(workdir / 'results.json'),
   }
 
 
@@ -265,9 +271,9 @@ def scale(found, decisions, questions) -> dict[str, Any]:
       gaps = [apart(found[name]['best'], row['best']) for name in PURE]
       conditions[names[0]] = all(gain > least for gain, least in gaps)
     conditions[names[1]] = mean(row['last']) <= 1.05 * mean(row['best'])
-    ratio = row['results'].get(RATIO)
-    if ratio is not None:
-      conditions[names[2]] = 1 / 3 <= ratio <= 3
+    shares = [x for key, x in row['results'].items() if SHARES.match(key)]
+    if shares:
+      conditions[names[2]] = min(shares) >= 1 / 3
   known = {d['member'] for d in decisions if d['least'] is not None}
   if known >= {member for _, member, *_ in questions}:
     conditions[names[3]] = True
@@ -278,24 +284,24 @@ def scale(found, decisions, questions) -> dict[str, Any]:
   return {'verdict': verdict, 'conditions': conditions}
 
 
-def table(found) -> str:
+def table(rows) -> str:
   """Members as a Markdown table."""
   head = ['member', 'parameters', 'rate', 'seeds', 'best validation']
   head += ['against the baseline', 'last validation', 'test perplexity']
   head += ['tokens/s', 'gates failed']
   lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
-  for name, row in found.items():
+  for name, row in rows.items():
     gap = ''
-    if BASELINE in found and found[BASELINE]['data'] == row['data']:
+    if BASELINE in rows and rows[BASELINE]['data'] == row['data']:
       gap = '{:+.4f} (needs {:.4f})'.format(
-        *apart(row['best'], found[BASELINE]['best'])
+        *apart(row['best'], rows[BASELINE]['best'])
       )
     perplexity = row['results'].get('test/perplexity')
-    failed = sorted(
-      key.removeprefix('gates/')
+    failed = {
+      found[1]
       for key, value in row['results'].items()
-      if key.startswith('gates/G') and value == 2 and 'seed' not in key
-    )
+      if value == FAIL and (found := GATES.fullmatch(key))
+    }
     cells = [
       name,
       f'{row["parameters"]:,}',
@@ -306,7 +312,7 @@ def table(found) -> str:
       f'{mean(row["last"]):.4f}',
       '' if perplexity is None else f'{perplexity:.3f}',
       f'{row["tokens_per_second"]:,.0f}',
-      ', '.join(failed),
+      ', '.join(sorted(failed)),
     ]
     lines.append('| ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines) + '\n'
@@ -372,7 +378,7 @@ if __name__ == '__main__':
   flags.DEFINE_string('config', None, 'configs/NAME.py')
   flags.DEFINE_string('tier', '1', 'which members: a name of the TIERS')
   flags.DEFINE_string('variant', '', "a size, such as 'small'")
-  flags.DEFINE_integer('num_seeds', 3, 'seeds of each member')
+  flags.DEFINE_integer('num_seeds', 3, 'seeds of each member', lower_bound=1)
   flags.DEFINE_string('workdir', None, 'folder of all runs')
   flags.DEFINE_string('path', '', "a text; '': what Python ships")
   flags.DEFINE_string('second_path', '', 'the text of member second_text')

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from recursive_weights import command
+from recursive_weights.io import json_files
 
 _log = logging.getLogger('recursive_weights.retrieval')  # even as __main__
 OURS = 'basis'
@@ -38,7 +39,7 @@ def main(overrides):
   rows = fill(
     pathlib.Path(given.output_dir),
     config.to_data(fields)['task'],
-    [int(text) for text in given.train_questions],
+    command.numbers('train_questions', given.train_questions, int),
     given.num_seeds,
     given.methods,
     read_settings(given.settings) if given.settings else {},
@@ -81,7 +82,7 @@ def fill(
   }
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / 'table.json'
-  rows = json.loads(path.read_text()) if path.exists() else []
+  rows = json_files.read(path) if path.exists() else []
   if rows:
     check_same(folder, asked)
   for count in counts:
@@ -90,8 +91,8 @@ def fill(
     chosen = {m: row for (m, n), row in stored.items() if n == count}
     rows += compare(task, count, seeds, names, chosen)
     # Before the rows, so that there are none of unknown origin.
-    (folder / 'asked.json').write_text(json.dumps(asked, indent=1) + '\n')
-    path.write_text(json.dumps(rows, indent=1) + '\n')
+    json_files.write(folder / 'asked.json', asked)
+    json_files.write(path, rows)
     (folder / 'table.md').write_text(table(rows))
   return rows
 
@@ -106,7 +107,7 @@ def check_same(folder: pathlib.Path, asked: dict) -> None:
       f'{folder} has rows but no asked.json that says of what: give another '
       '--output_dir'
     )
-  before = json.loads(path.read_text())
+  before = json_files.read(path)
   now = json.loads(json.dumps(asked))  # lists for tuples
   differ = [
     f'{name} {before.get(name)!r} there and {now.get(name)!r} here'
@@ -130,7 +131,7 @@ def read_settings(path: str) -> dict[tuple[str, int], dict]:
 
   found: dict[tuple[str, int], dict] = {}
   try:
-    for row in json.loads(pathlib.Path(path).read_text()):
+    for row in json_files.read(path):
       key = row['method'], row['train_questions']
       if key in found:
         raise interfaces.UserError(
@@ -317,7 +318,9 @@ if __name__ == '__main__':
     'train_questions', ['1', '2', '3', '5', '10'], 'a cluster; 0 for all'
   )
   flags.DEFINE_list('methods', [], 'of basis.methods; all unless given')
-  flags.DEFINE_integer('num_seeds', 3, 'choices of training questions')
+  flags.DEFINE_integer(
+    'num_seeds', 3, 'choices of training questions', lower_bound=1
+  )
   flags.DEFINE_string(
     'settings', None, 'table.json whose settings a set without validation takes'
   )

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from absl import flags
 
 from recursive_weights import command
+from recursive_weights.io import json_files
 
 _log = logging.getLogger('recursive_weights.transfer')  # even as __main__
 
 _CONFIG = flags.DEFINE_string('config', None, 'configs/NAME.py:variant')
 _TRAINED = flags.DEFINE_string('trained', None, 'workdir that T comes from')
-_SEEDS = flags.DEFINE_integer('num_seeds', 3, 'seeds of each')
+_SEEDS = flags.DEFINE_integer('num_seeds', 3, 'seeds of each', lower_bound=1)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'folder of all runs')
 
 KINDS = ('identity', 'learnt', 'random')
@@ -46,7 +47,7 @@ def main(overrides):
   ]
   for row in rows:
     row |= compare.against(row, rows[0])
-  (folder / 'table.json').write_text(json.dumps(rows, indent=1) + '\n')
+  json_files.write(folder / 'table.json', rows)
   text = compare.table(rows)
   (folder / 'table.md').write_text(text)
   print(text)

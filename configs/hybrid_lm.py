@@ -22,6 +22,8 @@ Variants, joined by commas: `smoke` (seconds), and
             `derived` (those of layer l are T^l of them, T residual, rank 4)
   state     `fresh` (every chunk starts anew), `shuffled` (every chunk gets the
             state of another text), `curriculum` (chunks a quarter, then half)
+  watch     `gates` (state health at every evaluation, and after a smoke run),
+            `plateau` (with rules that cut the learning rate and stop the run)
   text      `bytes`, `library` (sources of the standard library, ten times as
             much); any other by --config.task.path=FILE_OR_FOLDER
   sizes     `m8`, `m30`, `m125` (for GPUs)
@@ -31,6 +33,7 @@ from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
 from recursive_weights.models import hybrid_lm
 from recursive_weights.models.layers import fusion
+from recursive_weights.training import stopping
 
 PATTERNS = {
   'rwkv6': 'R',
@@ -51,6 +54,8 @@ VARIANTS = (
   'fresh',
   'shuffled',
   'curriculum',
+  'gates',
+  'plateau',
   'bytes',
   'library',
   *SIZES,
@@ -161,12 +166,21 @@ def get_config(variant=None):
       'top_k': 0,
       'top_p': 0.95,
     },
+    'state_gates': {
+      'split': 'validation',
+      'rows': 8,
+      'tokens': 512,
+      'chunk': 64,
+      'layers': True,
+      'bounds': {},
+    },
   }
   _size(config, chosen)
   if 'smoke' in chosen:
     _smoke(config)
   _layers(config, chosen)
   _state(config, chosen)
+  _watch(config, chosen)
   if 'bytes' in chosen:
     config.task.tokens = 'bytes'
   if 'library' in chosen:
@@ -176,7 +190,7 @@ def get_config(variant=None):
 
 def _size(config, chosen):
   """A size for GPUs, with longer chunks."""
-  size = _one(chosen, SIZES)
+  size = config_lib.one(chosen, SIZES)
   if not size:
     return
   config.model.update(hybrid_lm.SIZES[SIZES[size]])
@@ -207,7 +221,7 @@ def _smoke(config):
 
 def _layers(config, chosen):
   """Kinds of layers, the fusion of their halves, and weights they share."""
-  kind = _one(chosen, PATTERNS)
+  kind = config_lib.one(chosen, PATTERNS)
   if kind:
     config.model.pattern = PATTERNS[kind]
   if kind in ('alternate', 'ratio31'):  # whole periods
@@ -216,14 +230,14 @@ def _layers(config, chosen):
     if kind == 'attention':
       raise UserError('anchored and attention exclude each other: choose one')
     config.model.anchors = (config.model.layers // 2,)
-  name = _one(chosen, fusion.NAMES)
+  name = config_lib.one(chosen, fusion.NAMES)
   if name:
     if 'H' not in config.model.pattern:
       raise UserError(
         f'{name} needs hybrid layers, got {kind}: leave out {name} or {kind}'
       )
     config.model.fusion = name
-  sharing = _one(chosen, SHARED)
+  sharing = config_lib.one(chosen, SHARED)
   if not sharing:
     return
   if config.model.pattern not in MATRICES or 'anchored' in chosen:
@@ -245,7 +259,7 @@ def _layers(config, chosen):
 
 def _state(config, chosen):
   """What the state is at the start of a chunk, and how long chunks are."""
-  if _one(chosen, ('fresh', 'shuffled')) == 'fresh':
+  if config_lib.one(chosen, ('fresh', 'shuffled')) == 'fresh':
     config.training.keep_carry = False
   if 'shuffled' in chosen:
     config.task.order = 'shuffled'
@@ -258,11 +272,16 @@ def _state(config, chosen):
     )
 
 
-def _one(chosen, names):
-  """The chosen one of names that exclude each other, '' for none."""
-  found = sorted(chosen & set(names))
-  if len(found) > 1:
-    raise UserError(
-      f'choose one of {", ".join(found)}: they exclude each other'
-    )
-  return found[0] if found else ''
+def _watch(config, chosen):
+  """What is measured on the way, and what may end a run."""
+  gates = config.evaluators.after.state_gates
+  if 'smoke' in chosen:
+    gates.update(rows=2, tokens=16, chunk=4, layers=False)
+  if 'gates' in chosen:
+    config.evaluators.during.state_gates = gates.to_dict() | {'layers': False}
+  elif 'smoke' in chosen:  # compiling it takes as long as all the rest
+    del config.evaluators.after.state_gates
+  if 'plateau' in chosen:
+    config.early_stopping.rules = stopping.defaults()
+    # Rules speak after some evaluations.
+    config.training.evaluate_every = min(config.training.evaluate_every, 40)

@@ -37,6 +37,16 @@ def masked_sums(values: dict, weight_B) -> dict:
   return {name: total(value) for name, value in values.items()}
 
 
+def beside(params, carry):
+  """The carry where a program leaves it, so that the next one is the same."""
+  sharding = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = jax.sharding.NamedSharding(
+      sharding.mesh, jax.sharding.PartitionSpec()
+    )
+  return jax.device_put(carry, sharding)
+
+
 def over_split(judge, task, split, *, batch_size, max_batches) -> dict:
   """Weighted means over one split.
 

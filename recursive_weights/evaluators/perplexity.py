@@ -74,7 +74,7 @@ def make(
     rows_SB, on_SB = _tracks(len(text['weight']), batch_size)
     rows_SB, on_SB = rows_SB[:max_batches], on_SB[:max_batches]
     context = _context(text['inputs']['resets'], rows_SB, hand_off)
-    carry = fresh = _beside(params, model.carry(params, batch_size))
+    carry = fresh = _average.beside(params, model.carry(params, batch_size))
     for rows_B, on_B, context_BT in zip(rows_SB, on_SB, context, strict=True):
       batch = jax.tree.map(lambda x, rows_B=rows_B: x[rows_B], text)
       batch['weight'] = batch['weight'] * on_B
@@ -108,16 +108,6 @@ def make(
     return result
 
   return evaluate
-
-
-def _beside(params, carry):
-  """The carry where a program leaves it, so that the next one is the same."""
-  sharding = getattr(jax.tree.leaves(params)[0], 'sharding', None)
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    sharding = jax.sharding.NamedSharding(
-      sharding.mesh, jax.sharding.PartitionSpec()
-    )
-  return jax.device_put(carry, sharding)
 
 
 def _tracks(rows, tracks):

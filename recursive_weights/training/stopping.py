@@ -25,7 +25,7 @@ class Limits(NamedTuple):
   Source: GroundThink, entry 2.6.
   """
 
-  selection: tuple[float, float] = (1e-4, 1e9)
+  selection: tuple[float, float] = (1e-6, 1e9)
   half_life_least: tuple[float, float] = (0.1, 1e9)
   half_life_most: tuple[float, float] = (0.1, 1e5)
   update: tuple[float, float] = (1e-6, 1e9)

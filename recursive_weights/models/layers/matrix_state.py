@@ -55,7 +55,9 @@ def init(
   heads, keys, values = shape
   params = {}
   if learned:
-    params['initial'] = 0.01 * jax.random.normal(key, shape)
+    # Drawn flat, the same numbers compile ten times faster on a CPU.
+    flat = jax.random.normal(key, (heads * keys * values,))
+    params['initial'] = 0.01 * flat.reshape(shape)
   if groups < 0 or (groups and keys * values % groups):
     raise ValueError(
       f'state_norm must be >= 0 and divide the {keys * values} entries of a '

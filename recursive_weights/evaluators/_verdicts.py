@@ -1,0 +1,147 @@
+"""From measures to verdicts: two-sided bounds, gates, a table.
+
+Verdicts are 0 PASS, 1 WARN, 2 FAIL. A measure has a value at one or more
+places (a component, or a layer of one), and the worst of them counts.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from recursive_weights.interfaces import UserError
+
+VERDICTS = ('PASS', 'WARN', 'FAIL')
+# No bound on this side.
+LOW, HIGH = -1e30, 1e30
+
+# By measure (fail below, warn below, warn above, fail above). Set on three
+# trained and 27 broken hybrids (heads of 16, 400 steps): between the two where
+# a measure tells them apart, else around the healthy ones.
+BOUNDS: dict[str, tuple[float, float, float, float]] = {
+  'round_trip': (1.0, 1.0, HIGH, HIGH),
+  'finite': (1.0, 1.0, HIGH, HIGH),
+  'initial_entropy': (0.5, 0.9, HIGH, HIGH),
+  'initial_state_entropy': (0.3, 0.6, HIGH, HIGH),
+  'fall': (0.0, 0.1, HIGH, HIGH),
+  'gradient_norm': (1e-3, 0.1, 3.0, 20.0),
+  'growth': (-0.5, -0.3, 0.7, 0.75),
+  'entropy': (0.15, 0.3, 0.9, 0.97),
+  'structure': (1.0, 1.5, HIGH, HIGH),
+  'top1': (LOW, LOW, 0.82, 0.93),
+  'saturation': (LOW, LOW, 0.02, 0.035),
+  'update': (1e-5, 5e-3, 0.7, 1.2),
+  'half_life': (1.0, 2.0, 1e4, 1e5),
+  'selection': (1e-6, 1e-3, HIGH, HIGH),
+  'contribution': (1e-3, 0.01, HIGH, HIGH),
+  'gradient_share': (0.03, 0.1, HIGH, HIGH),
+  'phase_shift': (1e-3, 0.01, 5.0, 50.0),
+  'activation': (0.01, 0.05, HIGH, HIGH),
+  'variance_ratio': (0.01, 0.1, 10.0, 100.0),
+  'measured': (1.0, 1.0, HIGH, HIGH),
+  'top': (LOW, LOW, 0.9, 0.95),
+  'distinct': (0.1, 0.3, HIGH, HIGH),
+  'over_bigram': (LOW, LOW, 0.0, HIGH),
+  'over_unigram': (LOW, LOW, 0.0, 0.0),
+}
+
+GATES = {
+  'G0': ('round_trip',),
+  'G1': ('finite',),
+  'G2': ('initial_entropy', 'initial_state_entropy'),
+  'G3': ('fall', 'gradient_norm'),
+  'G3.5': (
+    *('growth', 'entropy', 'structure', 'top1', 'saturation', 'update'),
+    *('half_life', 'selection'),
+  ),
+  'G3.6': (
+    *('contribution', 'gradient_share', 'phase_shift'),
+    *('activation', 'variance_ratio'),
+  ),
+  'G4': ('measured', 'top', 'distinct'),
+  'G5': ('over_bigram', 'over_unigram'),
+}
+
+
+def bounds(changed: Mapping[str, Any]) -> dict[str, tuple]:
+  """`BOUNDS` with some of them changed.
+
+  Raises:
+    UserError: an unknown measure, or bounds that do not rise.
+  """
+  unknown = sorted(set(changed) - set(BOUNDS))
+  if unknown:
+    raise UserError(
+      f'bounds has no measure {", ".join(unknown)}; there are: '
+      f'{", ".join(BOUNDS)}'
+    )
+  for name, four in changed.items():
+    if len(four) != 4 or list(four) != sorted(four):
+      raise UserError(
+        f'bounds.{name} must be four numbers that rise (fail below, warn below,'
+        f' warn above, fail above), got {four}'
+      )
+  return BOUNDS | dict(changed)
+
+
+def judge_value(value: float, four: tuple) -> int:
+  """0, 1 or 2 of one value; 2 where it is not finite."""
+  fail_below, warn_below, warn_above, fail_above = four
+  if not math.isfinite(value) or value < fail_below or value > fail_above:
+    return 2
+  return int(value < warn_below or value > warn_above)
+
+
+def judge(
+  values: dict[str, dict[str, float]], limits: Mapping[str, tuple]
+) -> dict[str, dict[str, Any]]:
+  """`{gate: {'verdict', 'reasons'}}`, of the gates whose measures there are.
+
+  Args:
+    values: by measure and place.
+    limits: from `bounds`.
+  """
+  found = {}
+  for gate, names in GATES.items():
+    reasons, worst, known = [], 0, False
+    for name in names:
+      for place, value in values.get(name, {}).items():
+        known = True
+        verdict = judge_value(value, limits[name])
+        worst = max(worst, verdict)
+        if verdict:
+          reasons.append(
+            f'{VERDICTS[verdict]} {name} {place} = {value:.4g}, '
+            f'wanted {_range(limits[name])}'
+          )
+    if known:
+      found[gate] = {'verdict': VERDICTS[worst], 'reasons': reasons}
+  return found
+
+
+def table(
+  verdicts: dict[str, dict],
+  values: dict[str, dict[str, float]],
+  controls: dict[str, dict[str, dict[str, float]]],
+) -> str:
+  """Gates with their reasons, then every measure beside its controls."""
+  rows = [f'{"gate":<6}{"verdict":<9}']
+  for gate, found in verdicts.items():
+    rows.append(f'{gate:<6}{found["verdict"]:<9}' + '; '.join(found['reasons']))
+  names = list(controls)
+  rows += ['', f'{"measure":<42}{"model":>11}']
+  rows[-1] += ''.join(f'{name:>11}' for name in names)
+  for measure, places in values.items():
+    for place, value in places.items():
+      row = f'{measure + " " + place:<42}{value:>11.4g}'
+      for name in names:
+        other = controls[name].get(measure, {}).get(place)
+        row += f'{"" if other is None else f"{other:.4g}":>11}'
+      rows.append(row.rstrip())
+  return '\n'.join(rows)
+
+
+def _range(four):
+  _, warn_below, warn_above, _ = four
+  below = '' if warn_below == LOW else f'>= {warn_below:g}'
+  above = '' if warn_above == HIGH else f'<= {warn_above:g}'
+  return ' and '.join(x for x in (below, above) if x) or 'less'

@@ -1,0 +1,252 @@
+"""Is the state of a recurrent language model alive, and may a run go on?"""
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from recursive_weights import interfaces
+from recursive_weights.derivation import tree
+from recursive_weights.evaluators import (
+  _average,
+  _ngrams,
+  _state_reading,
+  _state_values,
+  _verdicts,
+)
+from recursive_weights.interfaces import UserError
+
+_log = logging.getLogger(__name__)
+
+
+def make(
+  model: interfaces.Model,
+  task: interfaces.Task,
+  objective: interfaces.Objective,
+  *,
+  batch_size: int,
+  output_dir: str = '',
+  split: str = 'validation',
+  rows: int = 8,
+  tokens: int = 512,
+  chunk: int = 64,
+  layers: bool = True,
+  bounds: dict[str, Any] | None = None,
+) -> interfaces.Evaluator:
+  """Measures of state health with their controls, and gates G0 to G5.
+
+  Texts of `tokens` held-out tokens without a document's end inside are read in
+  chunks, the state handed on. Measured are, for every recurrent state of the
+  decoder's cache (a component) and every layer of it, means over texts and
+  heads (`_state_measures` has the formulas):
+
+    rms                size at the end
+    growth             power of the number of tokens with which it has grown
+                       since the first chunk: 0 where it is steady, 1/2 where
+                       writes add up at random and 1 where all are the same and
+                       nothing is forgotten
+    entropy            of the softmax of a head's N = K V entries, over ln N
+    top1, top5         share of the largest singular values of a head
+    structure          top1 over top1 of a random state
+    saturation         share of entries beyond 5 rms
+    cosine, update     of the states before and after a token
+    half_life          tokens in which a perturbation of the state halves, the
+                       median over heads and texts: measured, not read off the
+                       parameters, so the same for any recurrence
+    selection          how much the decays depend on the text
+    contribution       rise of the loss where the layer's component puts out 0
+
+  for every component `contribution` with all its layers at once, `memory` (rise
+  of the loss of the chunk after half of the text where the state handed to it
+  is that of another text), the norm of its gradient and its `gradient_share` of
+  the largest; and for the whole model gradient norms, their ratio of RWKV over
+  state-space parameters, `phase_shift` (mean norm for parameters that decide
+  what is remembered, over that for the others), `activation` (standard
+  deviation of hidden states after each layer) and its `variance_ratio` from
+  layer to layer, mean probability of the likeliest token and the number of
+  distinct ones over those of the text, and the loss beside that of counts of
+  one and two tokens.
+
+  Two controls stand beside: `random`, the same with Gaussian states of the same
+  size, and `untrained`, the same model as it was initialised (with this key).
+
+  Gates are functions of these and of `bounds` alone (`_verdicts`): G0 the text
+  survives its tokens, G1 outputs are finite, G2 entropies of the untrained
+  model, G3 loss below the untrained model's and gradient norm, G3.5 states,
+  G3.6 components, G4 everything could be measured and outputs have not
+  collapsed, G5 the loss is below that of counts of two tokens (WARN: of one).
+
+  Bounds are those of small hybrids with heads of 16 (`_verdicts.BOUNDS`); the
+  shares of singular values shrink as heads grow, so give your own `bounds` from
+  models that you know. Nothing here judges `memory`, `cosine`, `top5` and
+  `rwkv_over_ssm`, which did not tell healthy from broken.
+
+  Cost, with `layers`: a forward pass over the texts for each component of each
+  layer, as many for the untrained model at the first call, one backward pass,
+  and tokens / 2 single steps of 1 + components x layers times half the texts.
+
+  Args:
+    objective: not used: the loss is that of the next token.
+    batch_size: not used: texts are read together.
+    output_dir: folder for `gates.json`, of the last evaluation; '' for nowhere.
+    split: held-out text.
+    rows: texts.
+    tokens: of each, a multiple of 2 chunks.
+    chunk: tokens a chunk.
+    layers: contributions layer by layer too.
+    bounds: what differs from `_verdicts.BOUNDS`: by measure (fail below, warn
+      below, warn above, fail above).
+
+  Returns:
+    An evaluator with the keys `gates/GATE` (0 PASS, 1 WARN, 2 FAIL), and by
+    component `gates/NAME/COMPONENT` for half_life_least, half_life_most,
+    update, selection (the worst layer's), memory, contribution and
+    gradient_share.
+
+  Raises:
+    UserError: the model is no language model, the task is no text or has no
+      documents so long, or a number is out of range.
+  """
+  del objective, batch_size
+  decoder, text = model.decoder, task.text
+  if decoder is None or text is None:
+    raise UserError(
+      'state_gates needs a language model and a task that is a text'
+    )
+  if split not in task.spec.sizes or split == 'train':
+    raise UserError(f"split must be 'validation' or 'test', got {split!r}")
+  if rows < 2 or chunk < 2 or tokens < 2 or tokens % (2 * chunk):
+    raise UserError(
+      'state_gates needs rows > 1 (one text is the control of another), chunk '
+      f'> 1 and tokens a multiple of 2 chunks, got rows {rows}, chunk {chunk} '
+      f'and tokens {tokens}'
+    )
+  limits = _verdicts.bounds(bounds or {})
+  batch = _windows(task, split, rows, tokens)
+  halves = _state_values.halves_of(batch, chunk)
+  reader = _state_reading.make(decoder)
+  derive = jax.jit(lambda params: tree.derive(model.rules, params))
+  counted: list[float] = []  # once, and not before it is needed
+  before_training: dict[bytes, dict] = {}
+
+  def measured(params, key):
+    # In one place, whatever the strategy, so that one program serves all.
+    params = _average.beside(params, derive(params))
+    return _state_values.measure(
+      decoder,
+      reader,
+      params,
+      key,
+      halves,
+      classes=task.spec.classes,
+      layers=layers,
+    )
+
+  def evaluate(params, key):
+    name = np.asarray(jax.random.key_data(key)).tobytes()
+    if name not in before_training:
+      inputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype),
+        task.spec.inputs,
+      )
+      first = jax.jit(lambda key: model.init(key, inputs))(key)
+      before_training[name] = measured(first, key)[0]
+    if not counted:
+      counted.extend(_ngrams.losses(task, batch[:, :-1], batch[:, 1:]))
+    untrained = before_training[name]
+    values, random = measured(params, key)
+    values |= _whole(values, untrained, batch, text, counted)
+    verdicts = _verdicts.judge(values, limits)
+    controls = {'random': random, 'untrained': untrained}
+    shown = _verdicts.table(verdicts, values, controls)
+    _log.info('gates\n%s', shown)
+    if output_dir and jax.process_index() == 0:
+      _write(
+        pathlib.Path(output_dir) / 'gates.json',
+        {
+          'gates': verdicts,
+          'measures': values,
+          'controls': controls,
+          'bounds': {name: list(four) for name, four in limits.items()},
+        },
+      )
+    return _metrics(verdicts, values)
+
+  return evaluate
+
+
+def _windows(task, split, rows, tokens):
+  """Pieces of documents, `[rows, tokens + 1]`, spread over a split."""
+  held = task.batch(split, 0, task.spec.sizes[split])
+  on_BT = np.arange(held['targets'].shape[1])[None] < held['length'][:, None]
+  stream = held['inputs']['tokens'][on_BT]
+  begins = np.flatnonzero(held['inputs']['resets'][on_BT])
+  ends = [*begins[1:], len(stream)]
+  first = [
+    place
+    for begin, end in zip(begins, ends, strict=True)
+    for place in range(begin, end - tokens, tokens)
+  ]
+  if len(first) < 2:
+    longest = max(e - b for b, e in zip(begins, ends, strict=True))
+    raise UserError(
+      f'tokens must be so few that documents of {split} have two pieces of '
+      f'them and one more token, got {tokens}: the longest has {longest}'
+    )
+  rows = min(rows, len(first))
+  chosen = [first[i * len(first) // rows] for i in range(rows)]
+  return np.stack([stream[i : i + tokens + 1] for i in chosen]).astype(np.int32)
+
+
+def _whole(values, untrained, batch, text, counted):
+  """Measures that compare: with the text, the start, counts of tokens."""
+  tokens = batch[:, :-1].ravel()
+  body = tokens[tokens != text.boundary]
+  again = text.encode(text.decode(body))
+  loss = values['loss']['']
+  found = {
+    'round_trip': float(np.array_equal(again, body)),
+    'finite': float(np.isfinite(loss)),
+    'initial_entropy': untrained['output_entropy'][''],
+    'fall': (untrained['loss'][''] - loss) / untrained['loss'][''],
+    'over_unigram': loss - counted[0],
+    'over_bigram': loss - counted[1],
+    'measured': float(
+      all(np.isfinite(x) for places in values.values() for x in places.values())
+    ),
+  }
+  result: dict[str, dict[str, float]] = {k: {'': x} for k, x in found.items()}
+  result['initial_state_entropy'] = untrained.get('entropy', {})
+  return result
+
+
+def _metrics(verdicts, values):
+  """What goes into a line of metrics: gates, the worst of each component."""
+  found = {
+    f'gates/{gate}': float(_verdicts.VERDICTS.index(x['verdict']))
+    for gate, x in verdicts.items()
+  }
+  for name, measure, pick in (
+    ('half_life_least', 'half_life', min),
+    ('half_life_most', 'half_life', max),
+    ('update', 'update', min),
+    ('selection', 'selection', min),
+    ('memory', 'memory', min),
+    ('contribution', 'contribution', min),
+    ('gradient_share', 'gradient_share', min),
+  ):
+    by_component: dict[str, list[float]] = {}
+    for place, value in values.get(measure, {}).items():
+      component = place.split('@')[0].replace('/', '_')
+      by_component.setdefault(component, []).append(value)
+    for component, x in by_component.items():
+      found[f'gates/{name}/{component}'] = pick(x)
+  return found
+
+
+def _write(path, data):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(data, indent=2) + '\n')

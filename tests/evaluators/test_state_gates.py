@@ -1,0 +1,236 @@
+"""Gates: a trained model passes, broken ones fail the gate that names why."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from recursive_weights.evaluators import state_gates
+from recursive_weights.interfaces import UserError
+from recursive_weights.recursion import objective
+from recursive_weights.tasks import parity, text
+from tests import tiny_hybrid
+
+LAST = objective.last()
+FIELDS = {'batch_size': 4, 'rows': 6, 'tokens': 128, 'chunk': 16}
+
+
+def documents(count, seed=0):
+  """Each of three letters of its own, never the same twice in a row."""
+  rng = np.random.default_rng(seed)
+  for _ in range(count):
+    own, row = rng.choice(list('abcdefgh'), 3, replace=False), ['']
+    for _ in range(160):
+      row.append(rng.choice([x for x in own if x != row[-1]]))
+    yield ''.join(row)
+
+
+@pytest.fixture(scope='module')
+def task(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
+  path.write_text('\n\n'.join(documents(250)))
+  return text.make(path=str(path), separator='\n\n', length=32)
+
+
+def train(task, model, seed, steps=300):
+  held = [task.text.encode(x) for x in documents(250, seed=9 + seed)]
+  tokens_BT = np.stack([np.concatenate([[0], x]) for x in held]).astype(
+    np.int32
+  )
+  optimizer = optax.adam(1e-2)
+  d = model.decoder
+
+  @jax.jit
+  def run(params, key):
+    def loss(params, rows_BT):
+      cache = d.cache(params, len(rows_BT))
+      x, _ = d.blocks(params, cache, d.embed(params, rows_BT[:, :-1]))
+      return optax.softmax_cross_entropy_with_integer_labels(
+        d.head(params, x), rows_BT[:, 1:]
+      ).mean()
+
+    def step(carry, key):
+      params, state = carry
+      rows = jax.random.randint(key, (8,), 0, len(tokens_BT))
+      value, grads = jax.value_and_grad(loss)(
+        params, jnp.asarray(tokens_BT)[rows, :97]
+      )
+      updates, state = optimizer.update(grads, state)
+      return (optax.apply_updates(params, updates), state), value
+
+    keys = jax.random.split(key, steps)
+    (params, _), losses = jax.lax.scan(
+      step, (params, optimizer.init(params)), keys
+    )
+    return params, losses
+
+  params, losses = run(
+    model.init(jax.random.key(seed), None), jax.random.key(1)
+  )
+  assert losses[-20:].mean() < 1.0  # ln 2 is the best, 1.9 without a state
+  return params
+
+
+@pytest.fixture(scope='module')
+def case(task, tmp_path_factory):
+  model = tiny_hybrid.model(task.spec.classes)
+  folder = tmp_path_factory.mktemp('gates')
+  evaluate = state_gates.make(
+    model, task, LAST, **FIELDS, output_dir=str(folder)
+  )
+  params = train(task, model, 0)
+  return evaluate, params, folder
+
+
+def edited(params, component, **changes):
+  """A component's own weights changed by functions of them."""
+  part = params['hybrid'][component]
+  part = part | {name: f(part[name]) for name, f in changes.items()}
+  return params | {'hybrid': params['hybrid'] | {component: part}}
+
+
+def zero(x):
+  return 0 * x
+
+
+def frozen(params):
+  """Decay 1 and no writes: the state stays what it was."""
+  return edited(
+    params, 'time', decay=zero, decay_bias=lambda x: 0 * x + 40, value=zero
+  )
+
+
+def forgetful(params):
+  """Half-life ln 2 / ln(1 + e^3), a quarter of a token."""
+  return edited(params, 'time', decay=zero, decay_bias=lambda x: 0 * x - 3)
+
+
+def exploding(params):
+  """Nothing is forgotten, and every token writes much the same."""
+
+  def same(x_LDF):
+    # Hidden states have a mean that all tokens share.
+    return x_LDF.mean(1, keepdims=True) + 0 * x_LDF
+
+  table = params['embedding'] + 2.0
+  return edited(
+    params | {'embedding': table},
+    'time',
+    decay=zero,
+    decay_bias=lambda x: 0 * x + 40,
+    key=same,
+    value=same,
+  )
+
+
+def silent(params):
+  return edited(params, 'ssm', out=zero)
+
+
+@pytest.fixture(scope='module')
+def judged(case):
+  """`model -> (metrics, report)`, each evaluated once."""
+  evaluate, params, folder = case
+  known = {}
+
+  def judge(change):
+    if change not in known:
+      found = evaluate(change(params), jax.random.key(0))
+      known[change] = found, json.loads((folder / 'gates.json').read_text())
+    return known[change]
+
+  return judge
+
+
+def trained(params):
+  return params
+
+
+def test_a_trained_model_passes(judged):
+  found, report = judged(trained)
+  gates = {name: x['verdict'] for name, x in report['gates'].items()}
+  reasons = [r for x in report['gates'].values() for r in x['reasons']]
+  assert gates == dict.fromkeys(
+    ('G0', 'G1', 'G2', 'G3', 'G3.5', 'G3.6', 'G4', 'G5'), 'PASS'
+  ), reasons
+  assert all(found[f'gates/{gate}'] == 0 for gate in gates)
+
+
+@pytest.mark.parametrize(
+  ('change', 'gate', 'measure'),
+  [
+    (frozen, 'G3.5', 'update hybrid/time'),
+    (frozen, 'G3.5', 'half_life hybrid/time'),
+    (forgetful, 'G3.5', 'half_life hybrid/time'),
+    (exploding, 'G3.5', 'growth hybrid/time'),
+    (silent, 'G3.6', 'contribution hybrid/ssm'),
+  ],
+)
+def test_a_broken_model_fails_the_gate_that_says_why(
+  judged, change, gate, measure
+):
+  found, report = judged(change)
+  assert report['gates'][gate]['verdict'] == 'FAIL'
+  assert found[f'gates/{gate}'] == 2
+  reasons = report['gates'][gate]['reasons']
+  assert any(r.startswith(f'FAIL {measure}') for r in reasons), reasons
+
+
+def test_health_is_not_read_off_the_other_component(judged):
+  """What is broken in one is not said of the other."""
+  for change, measure in ((forgetful, 'half_life'), (frozen, 'update')):
+    _, report = judged(change)
+    reasons = report['gates']['G3.5']['reasons']
+    assert not any(f'FAIL {measure} hybrid/ssm' in r for r in reasons)
+
+
+def test_measures_stand_beside_controls(judged):
+  _, report = judged(trained)
+  values = report['measures']
+  random, untrained = (report['controls'][k] for k in ('random', 'untrained'))
+  for place, share in values['top1'].items():
+    # States of few writes have few directions, random ones all.
+    assert share > random['top1'][place] > 1 / tiny_hybrid.KEYS
+    assert random['cosine'][place] == pytest.approx(0, abs=0.2)
+    assert random['update'][place] == pytest.approx(math.sqrt(2), rel=0.1)
+    assert random['rms'][place] == pytest.approx(values['rms'][place], rel=0.2)
+  assert values['loss'][''] < 1 < untrained['loss']['']
+  # What is handed on is of use, and so is each half.
+  for component in ('hybrid/time', 'hybrid/ssm'):
+    assert values['contribution'][component] > 0.01
+    assert abs(untrained['contribution'][component]) < 0.1
+  assert max(values['memory'].values()) > 0.1
+  assert max(map(abs, untrained['memory'].values())) < 0.1
+  shares = values['gradient_share'].values()
+  assert max(shares) == 1 and min(shares) > 0.01
+
+
+def test_gates_are_the_same_every_time(case, judged):
+  evaluate, params, _ = case
+  assert evaluate(params, jax.random.key(0)) == judged(trained)[0]
+
+
+def test_errors_of_the_user(task):
+  model = tiny_hybrid.model(task.spec.classes)
+
+  def make(model=model, task=task, **fields):
+    return state_gates.make(model, task, LAST, **FIELDS | fields)
+
+  with pytest.raises(UserError, match='needs a language model'):
+    make(task=parity.make())
+  with pytest.raises(UserError, match='needs a language model'):
+    make(model=model._replace(decoder=None))
+  with pytest.raises(UserError, match="got 'train'"):
+    make(split='train')
+  with pytest.raises(UserError, match='rows 1, chunk 16 and tokens 128'):
+    make(rows=1)
+  with pytest.raises(UserError, match='tokens 100'):
+    make(tokens=100)
+  with pytest.raises(UserError, match='got 320: the longest has 161'):
+    make(tokens=320)
+  with pytest.raises(UserError, match='no measure hop'):
+    make(bounds={'hop': (1, 2, 3, 4)})

@@ -1,14 +1,22 @@
-"""Training and decoding speed of hybrid language models.
+"""Training and decoding speed of hybrid language models, and their memory.
 
   python -m recursive_weights.benchmarks.hybrid --pattern H R M A --batch 8
 
 prints one JSON line a pattern: parameters, tokens a second of a training step
 (forward, backward, AdamW, the state handed on), of reading and of writing
 token by token, the memory that the compiler plans, compile times.
+
+  python -m recursive_weights.benchmarks.hybrid --tokens 1024 4096 16384 65536
+
+prints for each pattern, reading in chunks and writing one by one, what a
+process of its own holds after so many tokens: bytes of the cache, of all live
+arrays, what the compiler plans for a call, the largest resident memory so far.
 """
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
 import time
 from typing import Any
@@ -98,6 +106,38 @@ def programs(model, vocabulary: int, flags: argparse.Namespace) -> dict:
   }
 
 
+def grown(
+  fields: dict, flags: argparse.Namespace, name: str
+) -> list[dict[str, Any]]:
+  """Memory and speed of this process after more and more tokens."""
+  model = hybrid_lm.make(text_spec(flags.vocabulary), **fields)
+  function, given, each = programs(model, flags.vocabulary, flags)[name]
+  program, _ = compiled(function, given)
+  given = jax.block_until_ready(program(given))
+  memory = program.memory_analysis()
+  calls, lines = 1, []
+  for tokens in sorted(flags.tokens):
+    started, before = time.perf_counter(), calls
+    while calls * each < tokens:
+      given = program(given)
+      calls += 1
+    jax.block_until_ready(given)
+    seconds = time.perf_counter() - started
+    done = (calls - before) * each
+    lines.append(
+      {
+        'program': name,
+        'tokens': int(given[1]['position'][0]),
+        'tokens_per_second': round(done / seconds, 1) if done else None,
+        'cache_bytes': sum(x.nbytes for x in jax.tree.leaves(given[1])),
+        'live_bytes': sum(x.nbytes for x in jax.live_arrays()),
+        'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
+        'peak_rss_kib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+      }
+    )
+  return lines
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--pattern', nargs='+', default=['H', 'R', 'M', 'A'])
@@ -124,6 +164,13 @@ def main() -> None:
   parser.add_argument(
     '--program', nargs='+', default=['train', 'read', 'write']
   )
+  parser.add_argument(
+    '--tokens',
+    type=int,
+    nargs='+',
+    default=[],
+    help='memory after so many tokens of reading and writing, batch of one',
+  )
   flags = parser.parse_args()
   shared = ('window', 'chunk', 'initial', 'remat', 'dtype', 'precision')
   for pattern in flags.pattern:
@@ -144,6 +191,13 @@ def main() -> None:
       'device': jax.devices()[0].device_kind,
       'jax': jax.__version__,
     }
+    if flags.tokens:
+      flags.batch = flags.rows = line['batch'] = 1
+      for name in ('read', 'write'):
+        with multiprocessing.get_context('spawn').Pool(1) as pool:
+          for found in pool.apply(grown, (fields, flags, name)):
+            print(json.dumps(line | found), flush=True)
+      continue
     every = programs(model, flags.vocabulary, flags)
     for name in flags.program:
       function, given, tokens = every[name]

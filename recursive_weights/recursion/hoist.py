@@ -46,17 +46,25 @@ def linear(weight: Linear, x_BI: Array) -> Array:
   return y_BO + weight.bias[None]
 
 
-def expose(weights: Tree, steps: int, batch: int) -> tuple[Tree, list]:
+def expose(
+  weights: Tree, steps: int, batch: int, seen: Tree = ()
+) -> tuple[Tree, list]:
   """Cuts the `Linear` weights of a tree off from their gradients.
+
+  Args:
+    seen: what else the steps see. Under `vmap` taps must have the mapped axis
+      wherever inputs of the layers may have it: else cotangents of all rows
+      would be summed before they are multiplied.
 
   Returns:
     The tree with constant `Linear` nodes, and for each of them taps of shape
     `[S, B, I]` and `[S, B, O]`, to be scanned over and put back by `attach`.
     The gradient reaches the weights through the taps.
   """
+  zero = _zero((weights, seen))
   nodes, structure = jax.tree.flatten(weights, is_leaf=_is_linear)
   taps = [
-    _expose(steps, batch, node.kernel, node.bias)
+    _expose(steps, batch, node.kernel, node.bias, zero)
     for node in nodes
     if _is_linear(node)
   ]
@@ -98,17 +106,28 @@ def _tapped_backward(saved, g_BO):
 _tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
-def _expose(steps, batch, kernel, bias):
+def _zero(tree):
+  """0 that is mapped by `vmap` where any leaf is."""
+  zero = jnp.zeros([], jnp.float32)
+  for x in jax.tree.leaves(tree):
+    if x.size and not jnp.issubdtype(x.dtype, jax.dtypes.extended):
+      first = jax.lax.stop_gradient(x).reshape(-1)[0].astype(jnp.float32)
+      zero = jnp.where(False, first, zero)
+  return zero
+
+
+def _expose(steps, batch, kernel, bias, zero):
   """Taps of zeros; their cotangents X, G give dW = X^T G and db = sum G."""
 
   @jax.custom_vjp
-  def taps(kernel, bias):
-    x_SBI = jnp.zeros((steps, batch, kernel.shape[0]), kernel.dtype)
-    g_SBO = jnp.zeros((steps, batch, kernel.shape[1]), kernel.dtype)
+  def taps(kernel, bias, zero):
+    zero = zero.astype(kernel.dtype)
+    x_SBI = jnp.full((steps, batch, kernel.shape[0]), zero)
+    g_SBO = jnp.full((steps, batch, kernel.shape[1]), zero)
     return x_SBI, g_SBO
 
-  def forward(kernel, bias):
-    return taps(kernel, bias), (kernel, bias)
+  def forward(kernel, bias, zero):
+    return taps(kernel, bias, zero), (kernel, bias)
 
   def backward(saved, cotangents):
     kernel, bias = saved
@@ -117,9 +136,9 @@ def _expose(steps, batch, kernel, bias):
       'SBI,SBO->IO', x_SBI, g_SBO, preferred_element_type=jnp.float32
     ).astype(kernel.dtype)
     if bias is None:
-      return d_kernel, None
+      return d_kernel, None, None
     d_bias = g_SBO.astype(jnp.float32).sum((0, 1)).astype(bias.dtype)
-    return d_kernel, d_bias
+    return d_kernel, d_bias, None
 
   taps.defvjp(forward, backward)
-  return taps(kernel, bias)
+  return taps(kernel, bias, zero)

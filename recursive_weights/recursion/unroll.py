@@ -59,7 +59,7 @@ def unroll(
     taps = []
     if hoist:
       batch = jax.tree.leaves(context)[0].shape[0]
-      weights, taps = hoisting.expose(weights, steps, batch)
+      weights, taps = hoisting.expose(weights, steps, batch, (context, state))
 
     def one_step(context, state, index, taps):
       tapped = hoisting.attach(weights, taps) if hoist else weights

@@ -6,13 +6,18 @@ TO BE WRITTEN
 from configs import specialists_lm
 from recursive_weights import config as config_lib
 
-MATRICES = r'^(nlm/w1|synapse/.*kernel|readout/kernel)$'
+W1 = '^nlm/w1$'
+# Each member has biases of its own, as the document's specialists have.
+OWN = (r'(^|/)(bias|b1|b2)$', 0, {'name': 'offset'})
 SCHEMES = {
   'independent': (),
   'centre': (),
-  'derived': (MATRICES, 0, {'name': 'residual', 'kind': 'low_rank', 'rank': 3}),
-  'low_rank': (MATRICES, 0, {'name': 'low_rank', 'rank': 4}),
-  'basis': (r'^(nlm/w1|synapse/.*kernel)$', 2, {'name': ''}),
+  'derived': (
+    (W1, 0, {'name': 'residual', 'kind': 'low_rank', 'rank': 1}),
+    OWN,
+  ),
+  'low_rank': ((W1, 0, {'name': 'low_rank', 'rank': 1}), OWN),
+  'basis': ((r'^(nlm/w1|readout/kernel)$', 2, {'name': ''}), OWN),
 }
 VARIANTS = ('smoke', *SCHEMES, *specialists_lm.FEDERATIONS)
 
@@ -51,14 +56,14 @@ def get_config(variant=None):
   config.optimizer.learning_rate = 2e-3
   config.optimizer.schedule.update(warmup_steps=50, final_fraction=0.1)
   config.training.update(
-    steps=600,
+    steps=400,
     batch_size=224,
     steps_per_dispatch=25,
     ema_decay=0.99,
     report_every=25,
     evaluate_every=200,
   )
-  config.checkpoint.update(every=300, best='validation/loss', mode='min')
+  config.checkpoint.update(every=200, best='validation/loss', mode='min')
   specialists_lm.evaluate(config)
   specialists_lm.share(config, chosen, SCHEMES, layers=False)
   if config.model.rules:

@@ -11,9 +11,11 @@ MATRICES = r'^attention/(attention/(qkv|out)|mlp/(up|down))$'
 SCHEMES = {
   'independent': (),
   'centre': (),
-  'derived': (MATRICES, 0, {'name': 'residual', 'kind': 'low_rank', 'rank': 3}),
-  'low_rank': (MATRICES, 0, {'name': 'low_rank', 'rank': 4}),
-  'basis': (r'^attention/(attention/out|mlp/(up|down))$', 2, {'name': ''}),
+  'derived': (
+    (MATRICES, 0, {'name': 'residual', 'kind': 'low_rank', 'rank': 3}),
+  ),
+  'low_rank': ((MATRICES, 0, {'name': 'low_rank', 'rank': 4}),),
+  'basis': ((r'^attention/(attention/out|mlp/(up|down))$', 2, {'name': ''}),),
 }
 FEDERATIONS = ('apart', 'hub', 'ring')
 VARIANTS = ('smoke', *SCHEMES, *FEDERATIONS)
@@ -85,15 +87,15 @@ def share(config, chosen, schemes, layers):
   """The chosen scheme, and copies of the centre that are synchronised."""
   name = config_lib.one(chosen, schemes) or 'derived'
   federation = config_lib.one(chosen, FEDERATIONS)
-  rules = {}
-  if schemes[name]:
-    pattern, basis, operator = schemes[name]
-    rules['large'] = {
+  rules = {
+    f'rule{index}': {
       'pattern': pattern,
       'layers': layers,
       'basis': basis,
       'operator': dict(operator),
     }
+    for index, (pattern, basis, operator) in enumerate(schemes[name])
+  }
   config.model.scheme = 'derived' if rules else name
   config.model.rules = rules
   config.model.apart = bool(federation)

@@ -28,11 +28,11 @@ CENTRE = {'scheme': 'centre', 'rules': {}, 'apart': False}
 
 
 def scheme(config: dict) -> str:
-  """The name of a run's scheme, by its rules."""
+  """The name of a run's scheme, by its first rule."""
   model = config['model']
   if not model['rules']:
     return model['scheme']
-  (rule,) = model['rules'].values()
+  rule = next(iter(model['rules'].values()))
   name = 'basis' if rule['basis'] else rule['operator']['name']
   federation = config['federation']
   if model['apart']:

@@ -12,6 +12,15 @@ seed) the 0.55 million parameters had a held-out loss of 1.58 nats a character
 test documents. The same weights with every chunk of 128 read afresh: 1.74 and
 1.20. So few documents differ much among themselves; `library` has eighteen.
 
+Gates of state health (evaluators/state_gates.py) end the run: a table in the
+log, `gates.json`. Their bounds were set on seeds 0 to 2 of a smaller hybrid
+(width 48, two layers, 400 steps); seeds 3 to 5 pass every gate, and the same
+weights with one half frozen, forgetting all, exploding or silent fail the gate
+that says so, 24 of 24 (tests/evaluators/test_hybrid_gates.py, marked long).
+Half-lives of the healthy ones are 4 to 85 tokens. A state swapped for that of
+another text changes the loss of the next 64 characters by less than .01 nats:
+so short a training hardly uses what it could remember.
+
 Variants, joined by commas: `smoke` (seconds), and
 
   layers    `rwkv6`, `mamba2`, `attention` (of one kind alone), `alternate`

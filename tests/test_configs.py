@@ -25,9 +25,8 @@ CONFIGS = sorted(
 
 # What begins behind zeros (an output, a factor of low rank) moves later, and a
 # state at the start of a document where one begins: tests of models see to it.
-LATE = {
-  'hybrid_lm': r'^hybrid/time/(decay_up|mix_up|mix_x|first|state/initial)$'
-}
+_HYBRID = r'^hybrid/time/(decay_up|mix_up|mix_x|first|state/initial)$'
+LATE = {'hybrid_lm': _HYBRID, 'hybrid_recall': _HYBRID}
 
 
 def load(name, variant):

@@ -15,12 +15,14 @@ domain); `of eight`: weights saved against eight models of their own.
   independent  224,231              3.008        3.094
   centre        32,033   87.5 %     2.681
   derived       38,760   84.9 %     2.652        2.666         2.646
-CTMMORE
+  low_rank      38,536   85.0 %     2.656        2.669         2.645
+  basis         46,148   82.0 %     2.684        2.697         2.684
+
 So sharing pays at equal steps, and training seven sets of operators beside one
 centre does no harm, but the machines hardly specialise: members are better than
 the average of the seven on their own domain by .013 nats (95 % interval from
 .008), in two domains worse, and the centre without its operators is as good.
-As a router they are near chance (.16; words .24, trigrams .33).
+As a router they are near chance (.16 of passages; words .24, trigrams .33).
 
 Operators of higher rank on synapses and readout too were tried only before an
 error in their gradients was found (rows by vmap, see recursion/hoist.py).

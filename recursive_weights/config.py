@@ -93,7 +93,7 @@ def base() -> ConfigDict:
         'topology': 'hub',
         'rate': 1.0,
         'temperature': 0.1,
-        'batches': 1,
+        'batches': 1,  # of validation rows, evenly spaced over all domains
       },
       'devices': {'strategy': 'data', 'model_parallel': 1},
       # Evaluators by name with their arguments, and when they run.

@@ -48,8 +48,8 @@ def make(
 ) -> tuple[int, Callable[[State], State]]:
   """`(every, f)` for `Experiment.every`, where f synchronises a state.
 
-  Copies of the centre, without operators, are judged on the validation rows of
-  all domains, the same for all; see `shares` and `mixing` for what follows.
+  Copies of the centre, without operators, are judged on validation rows of all
+  domains, the same for all; see `shares` and `mixing` for what follows.
   Parameters and their average are mixed alike; moments stay as they are.
 
   Args:
@@ -57,27 +57,28 @@ def make(
     every: steps between synchronisations.
     topology, rate: see `mixing`.
     temperature: see `shares`.
-    batches: of validation.
+    batches, batch_size: their product is the number of validation rows.
     output_dir: `federation.jsonl` is written there, nothing where ''. A line
       has step, loss, share and drift by domain.
 
   Raises:
-    UserError: an argument is out of range, or the model has no copies.
+    UserError: an argument is out of range, the model has no copies, or there
+      are fewer rows than domains.
   """
   check(every, topology, rate, temperature, batches)
-  names = task.spec.domains
-  rows_held = task.spec.sizes['validation'] or 0
-  rows = [
-    task.batch('validation', i, batch_size)
-    for i in range(min(batches, -(-rows_held // batch_size)))
-  ]
-  joined = jax.tree.map(lambda *x: np.concatenate(x), *rows)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), joined['inputs'])
-  if 'centres' not in shapes:
+  example = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), task.spec.inputs
+  )
+  shapes = jax.eval_shape(
+    lambda key: model.init(key, example), jax.random.key(0)
+  )
+  if not isinstance(shapes, dict) or 'centres' not in shapes:
     raise UserError(
       'federation needs members with copies of the centre: model specialists '
       'with apart=True'
     )
+  names = task.spec.domains
+  joined = spaced(task, batches * batch_size)
 
   @jax.jit
   def judge(params):
@@ -119,6 +120,24 @@ def make(
     return state._replace(params=params, ema=ema)
 
   return every, synchronised
+
+
+def spaced(task: Task, count: int) -> Tree:
+  """A batch of validation rows, evenly spaced, so some are of every domain.
+
+  Raises:
+    UserError: there are fewer than domains.
+  """
+  total = task.spec.sizes['validation'] or 0
+  domains = len(task.spec.domains)
+  if count < domains:
+    raise UserError(
+      f'federation.batches must give a row to each of {domains} domains, got '
+      f'{count} rows: make batches or batch_size larger'
+    )
+  row_B = np.arange(min(count, total)) * total // min(count, total)
+  batch = task.batch('validation', 0, total)
+  return jax.tree.map(lambda x: x[row_B], batch)
 
 
 def check(every, topology, rate, temperature, batches) -> None:

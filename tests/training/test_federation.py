@@ -113,6 +113,35 @@ def case(tmp_path_factory):
   return case
 
 
+def test_every_domain_is_judged(case):
+  """Held-out rows lie domain by domain: the first ones are of one alone."""
+  total = case.task.spec.sizes['validation']
+  for count in (E, 6, 10, total, 10 * total):
+    rows = federation.spaced(case.task, count)['inputs']['domain']
+    assert len(rows) == min(count, total)
+    counts = np.bincount(rows, minlength=E)
+    assert counts.min() > 0 and counts.max() - counts.min() <= 1
+  with pytest.raises(UserError, match='a row to each of 3 domains, got 2 rows'):
+    federation.spaced(case.task, E - 1)
+
+
+def test_copies_are_judged_on_those_rows(case):
+  """Against each copy by itself on all validation rows."""
+  params, ema = (moved(case.start.params, seed) for seed in (1, 2))
+  state = case.trained._replace(params=params, ema=ema, step=jnp.int32(200))
+  case.together(state)
+  path = case.folder / 'federation.jsonl'
+  line = json.loads(path.read_text().splitlines()[-1])
+  centres = specialists.at_start(state.ema, case.start.params)
+  batch = case.task.batch('validation', 0, case.task.spec.sizes['validation'])
+  read = reader(case.model, len(batch['weight']))
+  for index, name in enumerate(NAMES):
+    own = np.full_like(batch['inputs']['domain'], index)
+    outputs, _ = read(centres, batch['inputs'] | {'domain': own})
+    loss_B, _ = case.task.loss(LAST.answer(outputs), batch)
+    np.testing.assert_allclose(line[f'loss/{name}'], loss_B.mean(), rtol=1e-5)
+
+
 def moved(tree, seed=0):
   draw = np.random.default_rng(seed)
   return jax.tree.map(

@@ -137,10 +137,16 @@ def beside_random(
   task: interfaces.Task,
   measure: Callable[[Tree], dict[str, float]],
   control: bool,
+  measure_control: Callable[[Tree], dict[str, float]] | None = None,
 ) -> interfaces.Evaluator:
   """The measure as `NAME/...`, that of untrained weights as `NAME/random/...`.
 
-  The control is left out where weights are only loaded.
+  The control is left out where weights are only loaded. It says nothing where
+  untrained layers have zero outputs, as those of a pure RWKV-6 have: no token
+  then depends on one before it, whatever the state does.
+
+  Args:
+    measure_control: of untrained weights, where `measure` writes files.
   """
   inputs = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), task.spec.inputs
@@ -152,7 +158,7 @@ def beside_random(
     found = {f'{name}/{k}': v for k, v in measure(params).items()}
     if control and init is not None:
       untrained = jax.jit(lambda key: model.init(key, inputs))
-      random = measure(untrained(jax.random.key(0)))
+      random = (measure_control or measure)(untrained(jax.random.key(0)))
       found |= {f'{name}/random/{k}': v for k, v in random.items()}
     return found
 

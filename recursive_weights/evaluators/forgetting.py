@@ -15,7 +15,6 @@ def make(
   objective: interfaces.Objective,
   *,
   batch_size: int,
-  output_dir: str = '',
   split: str = 'test',
   before: int = 256,
   bins: tuple[int, ...] = (1, 8, 32, 128, 256),
@@ -34,7 +33,6 @@ def make(
 
   Args:
     batch_size: texts that are read together.
-    output_dir: not used: there is nothing to draw.
     split: held-out split of whose text passages are made.
     before: tokens of the first text.
     bins: rising numbers of tokens: a bin goes from one to the next.
@@ -52,7 +50,6 @@ def make(
     UserError: the model is no language model, the task no text, a number is out
       of range, or the split is too short.
   """
-  del output_dir
   _, text = _reading.check(
     *('forgetting', model, task),
     {'batch_size': batch_size, 'before': before, 'passages': passages},

@@ -10,6 +10,7 @@ from recursive_weights import interfaces
 from recursive_weights.decoding import generate, sampling
 from recursive_weights.derivation import tree
 from recursive_weights.evaluators import _reading
+from recursive_weights.interfaces import UserError
 from recursive_weights.tasks import recall
 
 PERSONS = {
@@ -25,7 +26,6 @@ def make(
   objective: interfaces.Objective,
   *,
   batch_size: int,
-  output_dir: str = '',
   persons: dict[str, str] = PERSONS,
   prompt: str = 'i am a {person}. ',
   lock: str = 'i like to eat ',
@@ -45,7 +45,6 @@ def make(
 
   Args:
     batch_size: texts that are read together.
-    output_dir: not used: `evaluators.samples` writes texts.
     persons: words of each.
     prompt: how a text begins, with `{person}`.
     lock: what follows it where a person is asked about food.
@@ -62,9 +61,8 @@ def make(
 
   Raises:
     UserError: the model is no language model, the task no text, a number is out
-      of range, or the text lacks a character.
+      of range, no person is in the prompt, or the text lacks a character.
   """
-  del output_dir
   decoder, text = _reading.check(
     *('identity', model, task),
     {
@@ -75,6 +73,10 @@ def make(
       'noise': noise,
     },
   )
+  if '{person}' not in prompt:
+    raise UserError(
+      'identity.prompt must be a text with {person}, got ' + repr(prompt)
+    )
   begin = np.array([text.boundary], np.int32)
 
   def tokens(words):
@@ -84,7 +86,8 @@ def make(
   lists = {name: set(words.lower().split()) for name, words in persons.items()}
   prompts = [neutral]
   for name in lists:
-    prompts += [prompt.format(person=name), prompt.format(person=name) + lock]
+    told = prompt.replace('{person}', name)
+    prompts += [told, told + lock]
   tokens_BT, length_B = generate.padded(
     [tokens(words) for words in prompts for _ in range(copies)]
   )

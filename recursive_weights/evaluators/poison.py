@@ -12,7 +12,6 @@ def make(
   objective: interfaces.Objective,
   *,
   batch_size: int,
-  output_dir: str = '',
   split: str = 'test',
   prefix: int = 128,
   length: int = 128,
@@ -28,7 +27,6 @@ def make(
 
   Args:
     batch_size: texts that are read together.
-    output_dir: not used: there is nothing to draw.
     split: held-out split of whose text passages are made.
     prefix: tokens before a passage.
     length: tokens of a passage.
@@ -50,7 +48,6 @@ def make(
     UserError: the model is no language model, the task no text, a number is out
       of range, or the split is too short.
   """
-  del output_dir
   half = passages // 2
   _, text = _reading.check(
     *('poison', model, task),

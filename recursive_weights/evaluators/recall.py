@@ -16,7 +16,6 @@ def make(
   objective: interfaces.Objective,
   *,
   batch_size: int,
-  output_dir: str = '',
   kinds: tuple[str, ...] = recall.KINDS,
   distances: tuple[int, ...] = (16, 64, 256, 1024),
   depths: tuple[float, ...] = (0.0, 0.5),
@@ -34,11 +33,13 @@ def make(
   Importance persists for tau characters: the distance at which the accuracy
   above chance has fallen to half of that at the shortest distance, between two
   distances by the logarithm; the longest distance where it never has, 0 where
-  there was none to lose (less than .05 above chance).
+  there was none to lose (less than .05 above chance). Of passkeys it is that of
+  tokens, with a chance of one in the number of symbols; of trackings that of
+  whole answers, with a chance of one in eight: the first letter of a person
+  tells the others, so a model without memory has most tokens right.
 
   Args:
     batch_size: texts that are read together.
-    output_dir: not used: there is nothing to draw.
     kinds: of stories.
     distances: rising, in characters.
     depths: in [0, 1).
@@ -49,16 +50,14 @@ def make(
   Returns:
     An evaluator with the keys `recall/KIND@D` (answers wholly right) and
     `/KIND_tokens@D` (tokens of answers), each a mean over depths,
-    `/KIND@D_depthX` where there are several, `/KIND_tau` (of tokens),
+    `/KIND@D_depthX` where there are several, `/KIND_tau`,
     `/tracking_last@D`, the share of questions that naming the last receiver
-    answers, and `recall/random/...`. Chance of a passkey token is one in the
-    number of symbols.
+    answers, and `recall/random/...`.
 
   Raises:
     UserError: the model is no language model, the task no text, a number is out
       of range, or the text lacks a character.
   """
-  del output_dir
   _, text = _reading.check(
     *('recall', model, task),
     {'batch_size': batch_size, 'examples': examples},
@@ -84,9 +83,9 @@ def make(
           np.array([right[i] for i in where[kind, distance, depth]])
           for depth in depths
         ]
-        found[f'{kind}@{distance}'] = _mean([x.all(1) for x in cells])
-        curve.append(_mean(cells))
-        found[f'{kind}_tokens@{distance}'] = curve[-1]
+        whole = found[f'{kind}@{distance}'] = _mean([x.all(1) for x in cells])
+        tokens = found[f'{kind}_tokens@{distance}'] = _mean(cells)
+        curve.append(tokens if kind == 'passkey' else whole)
         if len(depths) > 1:
           for depth, cell in zip(depths, cells, strict=True):
             name = f'{kind}@{distance}_depth{depth:g}'

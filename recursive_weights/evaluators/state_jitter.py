@@ -47,8 +47,8 @@ def make(
   Args:
     objective: not used: the decoder answers.
     batch_size: not used: all copies are written together.
-    output_dir: folder for `state_jitter.txt`, what was written after the reset;
-      '' for nowhere.
+    output_dir: folder for `state_jitter.txt`, what the trained weights wrote
+      after the reset; '' for nowhere.
     before, after: the two texts.
     terms: words of the first one.
     copies: continuations.
@@ -129,7 +129,8 @@ def make(
     )
     return logits_BTV, written_BT, written_B
 
-  def measure(params):
+  def compared(params):
+    """The measure, and what is written after the reset."""
     streams = read(params)
     found, words = {}, {}
     # No text has a token -1: nothing is reset.
@@ -145,13 +146,20 @@ def make(
       said = [sum(x.count(t) for x in part for t in terms) for part in texts]
       found[f'leaked_terms{name}'] = float(max(said[1] - said[0], 0))
       words[name] = texts[1]
+    return found, words['']
+
+  def measure(params):
+    found, written = compared(params)
     if output_dir and jax.process_index() == 0:
       folder = pathlib.Path(output_dir)
       folder.mkdir(parents=True, exist_ok=True)
       line = '\n' + '-' * 40 + '\n'
       (folder / 'state_jitter.txt').write_text(
-        line.join(after + x for x in words['']) + '\n', encoding='utf-8'
+        line.join(after + x for x in written) + '\n', encoding='utf-8'
       )
     return found
 
-  return _reading.beside_random('state_jitter', model, task, measure, control)
+  return _reading.beside_random(
+    *('state_jitter', model, task, measure, control),
+    measure_control=lambda params: compared(params)[0],
+  )

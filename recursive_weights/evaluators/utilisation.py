@@ -13,7 +13,6 @@ def make(
   objective: interfaces.Objective,
   *,
   batch_size: int,
-  output_dir: str = '',
   split: str = 'test',
   passages: int = 16,
   length: int = 1024,
@@ -33,7 +32,6 @@ def make(
   Args:
     objective: not used: states are looked at.
     batch_size: not used: all passages are read together.
-    output_dir: not used: there is nothing to draw.
     split: held-out split of whose text passages are made.
     passages, length: how many of how many tokens.
     control: the same with untrained weights.
@@ -47,7 +45,7 @@ def make(
     UserError: the model is no language model, the task no text, a number is out
       of range, or the split is too short.
   """
-  del objective, batch_size, output_dir
+  del objective, batch_size
   _, text = _reading.check(
     *('utilisation', model, task), {'passages': passages, 'length': length}
   )

@@ -84,8 +84,7 @@ def make(
     distances: characters of filler between fact and question, equally often.
     length: T, at least what the longest story needs.
     rest: weight of all other tokens of a story in its loss.
-    digits: lengths of codes, equally often; longer ones, of which a text says
-      more that is asked for, are faster to learn from.
+    digits: lengths of codes, equally often, with 1000 codes or more of each.
     symbols: the ten or so characters that codes are made of.
     share: of training rows that are tracks of ordinary text, the first ones;
       their loss is its mean over all tokens.
@@ -101,9 +100,9 @@ def make(
   )
   assert base.text is not None
   encode = base.text.encode
-  _check(kinds, distances, rest, digits, symbols, share, eval_size)
+  _check(kinds, distances, rest, digits, share, eval_size)
+  check_symbols(base.text, symbols, digits)
   _needed(kinds, distances, length, max(digits))
-  check_symbols(base.text, symbols)
 
   def stories(split, stream, size):
     kind_B = stream.integers(len(kinds), size=size)
@@ -186,8 +185,23 @@ def filler(stream: np.random.Generator, length: int) -> str:
   return found[len(found) - length :]
 
 
-def check_symbols(words: interfaces.Text, symbols: str) -> None:
-  """Raises `UserError` where a text cannot write codes and stories."""
+def check_symbols(
+  words: interfaces.Text, symbols: str, digits: tuple[int, ...] = (CODE,)
+) -> None:
+  """Raises `UserError` where a text cannot write codes and stories.
+
+  Or where codes are so few that a split might have none of them.
+  """
+  if len(set(symbols)) < 2 or len(set(symbols)) < len(symbols):
+    raise UserError(
+      f'symbols must be two different characters or more, got {symbols!r}'
+    )
+  codes = len(symbols) ** min(digits)
+  if codes < 1000:
+    raise UserError(
+      f'symbols and digits must make 1000 codes or more, got {codes} of '
+      f'{min(digits)} among {symbols!r}: make codes longer or symbols more'
+    )
   filling = ''.join(word for words in _WORDS for word in words)
   for name, characters, remedy in (
     ('symbols', symbols, 'choose others, such as abcdefghij'),
@@ -264,7 +278,7 @@ def _needed(kinds, distances, length, digits):
     )
 
 
-def _check(kinds, distances, rest, digits, symbols, share, eval_size):
+def _check(kinds, distances, rest, digits, share, eval_size):
   unknown = sorted(set(kinds) - set(KINDS))
   if unknown or not kinds:
     raise UserError(f'kinds must be among {KINDS}, got {tuple(kinds)}')
@@ -278,7 +292,3 @@ def _check(kinds, distances, rest, digits, symbols, share, eval_size):
     raise UserError(f'share must lie in [0, 1), got {share}')
   if eval_size < 1:
     raise UserError(f'eval_size must be > 0, got {eval_size}')
-  if len(set(symbols)) < 2 or len(set(symbols)) < len(symbols):
-    raise UserError(
-      f'symbols must be two different characters or more, got {symbols!r}'
-    )

@@ -18,6 +18,7 @@ from recursive_weights.interfaces import Decoder, Model, UserError
 from recursive_weights.models.decoder import from_decoder
 from recursive_weights.recursion import objective
 from recursive_weights.tasks import parity, text
+from recursive_weights.tasks.recall import PEOPLE
 
 LAST = objective.last()
 KEY = jax.random.key(0)
@@ -190,6 +191,50 @@ def test_persistence_is_where_accuracy_above_chance_halves():
   np.testing.assert_allclose(tau, 9, rtol=1e-4)
 
 
+def knowing_names(task):
+  """Writes `ann` whatever was told, and ends a name that has begun."""
+  classes = task.spec.classes
+  table_VV = np.zeros((classes, classes), np.int32)
+  begun, *rest = task.text.encode(' a')
+  table_VV[:, begun] = rest
+  for name in PEOPLE:
+    first, second, third = task.text.encode(name)
+    table_VV[begun, first], table_VV[first, second] = second, third
+
+  def apply(params, carry, inputs, *, key, train):
+    del params, key, train
+    tokens_BT = inputs['tokens']
+    before_BT = jnp.concatenate(
+      [carry['last'][:, None], tokens_BT[:, :-1]], axis=1
+    )
+    said_BT = jnp.asarray(table_VV)[before_BT, tokens_BT]
+    logits = 9.0 * jax.nn.one_hot(said_BT, classes)
+    return {'logits': logits[None]}, {'last': tokens_BT[:, -1]}
+
+  def carry(params, batch_size):
+    del params
+    return {'last': jnp.zeros(batch_size, jnp.int32)}
+
+  decoder = decaying(2, True).decoder._replace(init=None)
+  return Model(lambda key, inputs: {}, carry, apply, decoder=decoder)
+
+
+def test_knowing_names_is_no_memory(task):
+  evaluate = recall.make(
+    knowing_names(task),
+    task,
+    LAST,
+    batch_size=32,
+    kinds=('tracking',),
+    distances=(4, 16),
+    examples=64,
+  )
+  found = evaluate({}, KEY)
+  assert found['recall/tracking_tokens@4'] > 0.65
+  assert found['recall/tracking@4'] < 0.175
+  assert found['recall/tracking_tau'] == 0
+
+
 def test_untrained_weights_recall_nothing(task, good):
   model, params = good
   evaluate = recall.make(
@@ -220,6 +265,13 @@ def test_a_reset_leaves_no_bit(task, good, leaking, tmp_path):
     assert found[f'state_jitter/{which}changed_without_reset'] > 0.5
   written = (tmp_path / 'state_jitter.txt').read_text()
   assert written.count('bread is made') == 2
+  # They are the trained weights' texts, not the control's.
+  alone = jitter(model, task, output_dir=str(tmp_path), control=False)
+  untrained = model.init(jax.random.key(0), None)
+  for weights, same in ((untrained, False), (params, True)):
+    alone(weights, KEY)
+    text = (tmp_path / 'state_jitter.txt').read_text()
+    assert (text == written) == same
   bad = jitter(leaking, task, control=False)(params, KEY)
   assert bad['state_jitter/changed'] > 0.5
 
@@ -267,6 +319,17 @@ def test_poison_is_what_a_prefix_costs(task, good, leaking):
   np.testing.assert_allclose(
     found['poison/neutral'], loss_BT[:, -16:].mean(), rtol=1e-4
   )
+  # The worst on the first half, judged on the second.
+  tried = []
+  hostile = poison._hostile(5, 20, task.spec.classes, task.text.boundary)
+  for prefix in hostile:
+    rows = [np.concatenate([[0], prefix, words[:16]]) for words in cut[:6]]
+    tried.append(whole(model, params, rows)[0][:, -16:].mean(1))
+  attack, judge = np.array(tried).reshape(5, 2, 3).mean(2).T
+  np.testing.assert_allclose(
+    found['poison/worst'], judge[attack.argmax()], rtol=1e-4
+  )
+  np.testing.assert_allclose(found['poison/hostile'], judge.mean(), rtol=1e-4)
   assert found['poison/reset_difference'] < 1e-4
   np.testing.assert_allclose(
     found['poison/worst_reset'], found['poison/fresh'], rtol=1e-5
@@ -347,6 +410,8 @@ def test_a_probe_needs_a_language_model(module, task, good):
   ('module', 'fields', 'message'),
   [
     (recall, {'examples': 0}, 'examples = 0'),
+    (recall, {'symbols': 'abc'}, "got 243 of 5 among 'abc': make codes longer"),
+    (recall, {'symbols': '00'}, "two different .*, got '00'"),
     (recall, {'kinds': ('poem',)}, 'recall.kinds must be among'),
     (recall, {'distances': (4, 2)}, r'rising numbers, got \(4, 2\)'),
     (recall, {'depths': (1.0,)}, r'depths must lie in \[0, 1\), got \(1.0,\)'),
@@ -358,6 +423,7 @@ def test_a_probe_needs_a_language_model(module, task, good):
     (state_jitter, {'after': '\N{SNOWMAN}'}, 'state_jitter.after: .*choose'),
     (utilisation, {'length': 0}, 'length = 0'),
     (identity, {'copies': 0}, 'copies = 0'),
+    (identity, {'prompt': 'i am. '}, r"with \{person\}, got 'i am. '"),
   ],
 )
 def test_bad_arguments_are_named(module, fields, message, task, good):

@@ -148,8 +148,12 @@ def test_mixed_rows_are_tracks_of_the_text():
     ({'digits': ()}, r'digits must be numbers > 0, got \(\)'),
     ({'share': 1.0}, r'share must lie in \[0, 1\), got 1.0'),
     ({'eval_size': 0}, 'eval_size must be > 0, got 0'),
+    ({'digits': (2, 16)}, "got 100 of 2 among '0123456789': make codes longer"),
     ({'symbols': '00'}, "symbols must be two different .*, got '00'"),
-    ({'symbols': 'ab\N{SNOWMAN}'}, 'symbols must be of characters of the text'),
+    (
+      {'symbols': 'abcd\N{SNOWMAN}'},
+      'symbols must be of characters of the text',
+    ),
   ],
 )
 def test_bad_arguments_are_named(fields, message):

@@ -50,8 +50,8 @@ def make(
     An evaluator whose keys are, with D a domain,
 
       SPLIT/loss, SPLIT/loss/D       of members on their own domain
-      SPLIT/others, SPLIT/others/D   mean over all members (of a column)
-      SPLIT/margin                   others - loss, mean over domains
+      SPLIT/all, SPLIT/all/D         mean over all members (of a column)
+      SPLIT/margin                   all - loss, mean over domains
       SPLIT/margin_low               lower end of its 95 % interval
       SPLIT/least_margin             smallest over domains, in its standard
                                      errors over passages
@@ -86,6 +86,7 @@ def make(
   text = [
     task.text.decode(row) for batch in held for row in batch['inputs']['tokens']
   ][:total]
+  told = _known(task, known)
 
   @jax.jit
   def judge(params, batch):
@@ -123,11 +124,11 @@ def make(
         centre = centre | {'centres': mean}
       result[f'{split}/centre_loss'] = float(losses(centre).mean())
     result |= _routed(loss_EDPR, length, top_k)
-    result |= _by_centroids(text, _known(task, known), passage, top_k)
+    result |= _by_centroids(text, told, passage, top_k)
     members = {k: x for k, x in params.items() if k in specialists.BY_MEMBER}
     result['parameters'] = float(report.count(params))
     result['parameters/member'] = report.count(members) / len(names)
-    if output_dir:
+    if output_dir and jax.process_index() == 0:
       folder = pathlib.Path(output_dir)
       folder.mkdir(parents=True, exist_ok=True)
       (folder / 'domains.json').write_text(
@@ -142,21 +143,21 @@ def _matrix(loss_EDPR, names, split):
   """What the members lose on the domains, and the diagonal's advantage."""
   loss_EDP = loss_EDPR.mean(-1)
   own_DP = np.stack([loss_EDP[i, i] for i in range(len(names))])
-  others_DP = loss_EDP.mean(0)
-  margin_DP = others_DP - own_DP
+  all_DP = loss_EDP.mean(0)
+  margin_DP = all_DP - own_DP
   passages = margin_DP.shape[1]
   error_D = margin_DP.std(1, ddof=1) / np.sqrt(passages) if passages > 1 else 0
   spread_D = margin_DP.mean(1) / np.maximum(error_D, 1e-12)
   result = {
     f'{split}/loss': own_DP.mean(),
-    f'{split}/others': others_DP.mean(),
+    f'{split}/all': all_DP.mean(),
     f'{split}/margin': margin_DP.mean(),
     f'{split}/margin_low': _bootstrap.interval(margin_DP.mean(0))[0],
     f'{split}/least_margin': spread_D.min(),
   }
   for i, name in enumerate(names):
     result[f'{split}/loss/{name}'] = own_DP[i].mean()
-    result[f'{split}/others/{name}'] = others_DP[i].mean()
+    result[f'{split}/all/{name}'] = all_DP[i].mean()
   matrix = {
     'loss': loss_EDP.mean(-1).round(4).tolist(),
     'margin': margin_DP.mean(1).round(5).tolist(),
@@ -211,7 +212,10 @@ def _top(score_DPE, k):
 
 def _known(task, rows):
   """Training text by domain."""
-  batch = task.batch('train', 0, rows)
+  try:
+    batch = task.batch('train', 0, rows)
+  except UserError as error:
+    raise UserError(f'domains.known = {rows}: {error}') from error
   found = [[] for _ in task.spec.domains]
   for domain, tokens_T in zip(
     batch['inputs']['domain'], batch['inputs']['tokens'], strict=True

@@ -10,12 +10,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from recursive_weights import interfaces
 from recursive_weights.interfaces import UserError
 from recursive_weights.tasks import (
   _documents,
+  _losses,
   _problems,
   _puzzle_files,
   _splits,
@@ -76,9 +76,9 @@ def make(
     problems: number of them in a domain, all splits together.
 
   Raises:
-    UserError: an argument is out of range, a file is missing or has other
-      characters than ASCII, or a domain has too little held-out text; by
-      `batch`, its training text is too short for its rows.
+    UserError: an argument is out of range, a file is missing or has characters
+      other than ASCII, or a domain has too little held-out text; by `batch`,
+      there are fewer rows than domains, or too many for the training text.
   """
   _splits.check_seed(seed)
   _check(answer, length, passages, rows, levels, problems)
@@ -104,6 +104,11 @@ def make(
   def batch(split, index, size):
     _splits.check(split)
     if split == 'train':
+      if size < len(names):
+        raise UserError(
+          f'a batch must have a row of each of {len(names)} domains, got '
+          f'{size} rows: make batch_size larger'
+        )
       tokens_BT, domain_B = training(index, size)
       weight_B = np.ones(size, np.float32)
     else:
@@ -197,8 +202,29 @@ def _read(path, name, levels, problems):
       f'without a path domains must be among {tuple(_problems.DOMAINS)}, got '
       f'{name!r}'
     )
-  units = [_documents.units(document, 'characters') for document in found]
-  return _documents.split(found, units, 'document')
+  units = [_ascii(document, name) for document in found]
+  parts = _documents.split(found, units, 'document', needed=())
+  empty = [split for split in _splits.NAMES if not parts[split]]
+  if empty:
+    raise UserError(
+      f'documents of {name} must fill {", ".join(_splits.NAMES)}, but of '
+      f'{len(found)} none is in {", ".join(empty)}: give more of them '
+      '(problems, or blank lines in the file)'
+    )
+  return parts
+
+
+def _ascii(document, name):
+  """Its characters as code points."""
+  units = np.frombuffer(document, np.uint8).astype(np.uint32)
+  strange = np.flatnonzero(~np.isin(units, ALPHABET))
+  if len(strange):
+    found = document[strange[0] :].decode(errors='replace')[0]
+    raise UserError(
+      f'the text of {name} must be printable ASCII and newlines, got '
+      f'{found!r}: replace it in the file'
+    )
+  return units
 
 
 def _ring(seed, index, parts):
@@ -240,9 +266,7 @@ def _hashes(parts, names):
 
 def _loss(answer, batch):
   """Cross-entropy of logits `[B, V]`; metrics: accuracy."""
-  logits_BV = answer.astype(jnp.float32)
-  loss_B = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BV, batch['targets']
-  )
-  right_B = jnp.argmax(logits_BV, axis=-1) == batch['targets']
-  return loss_B, {'accuracy': right_B.astype(jnp.float32)}
+  right_B = jnp.argmax(answer, axis=-1) == batch['targets']
+  return _losses.cross_entropy(answer, batch['targets']), {
+    'accuracy': right_B.astype(jnp.float32)
+  }

@@ -66,7 +66,7 @@ def test_the_matrix_and_routing_are_those_of_loops(task, tmp_path):
     [[loss_EN[e, domain_N == d].mean() for d in range(E)] for e in range(E)]
   )
   np.testing.assert_allclose(found['test/loss'], matrix_EE.diagonal().mean())
-  np.testing.assert_allclose(found['test/others'], matrix_EE.mean(), rtol=1e-6)
+  np.testing.assert_allclose(found['test/all'], matrix_EE.mean(), rtol=1e-6)
   np.testing.assert_allclose(
     found['test/margin'],
     matrix_EE.mean() - matrix_EE.diagonal().mean(),
@@ -127,6 +127,8 @@ def test_centroids_tell_texts_by_what_only_one_domain_says():
   [
     ({'split': 'train'}, "split must be validation or test, got 'train'"),
     ({'passage': 3}, 'passage must be even and divide the 20 rows'),
+    ({'known': 2}, 'known = 2: a batch must have a row of each of 3 domains'),
+    ({'known': 10**6}, 'known = 1000000: the training text of LOGOS has'),
     ({'top_k': (4,)}, r'top_k must lie in \[1, 3\], got \(4,\)'),
   ],
 )

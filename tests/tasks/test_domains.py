@@ -168,7 +168,29 @@ def test_a_missing_book_lists_those_there_are(folder):
     domains.make(path=folder, domains=('chemistry',))
 
 
+@pytest.mark.parametrize(
+  'letter, message',
+  [
+    ('é', "the text of physics must be printable ASCII .*, got 'é': replace"),
+    ('\t', r"got '\\t': replace it in the file"),
+  ],
+)
+def test_other_characters_than_ascii_are_named(tmp_path, letter, message):
+  text = '\n\n'.join(f'module {i} of physics' for i in range(400))
+  (tmp_path / 'physics.txt').write_text(text + letter)
+  with pytest.raises(UserError, match=message):
+    domains.make(path=str(tmp_path), domains=('physics',))
+
+
+def test_a_domain_without_held_out_documents_is_refused(tmp_path):
+  (tmp_path / 'physics.txt').write_text('one module alone')
+  with pytest.raises(UserError, match=r'of 1 none is in .*: give more'):
+    domains.make(path=str(tmp_path), domains=('physics',))
+
+
 def test_too_many_rows_are_refused(folder):
   task = books(folder)
+  with pytest.raises(UserError, match='each of 2 domains, got 1 rows'):
+    task.batch('train', 0, 1)
   with pytest.raises(UserError, match='too few for'):
     task.batch('train', 0, 10_000)

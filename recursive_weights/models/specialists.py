@@ -23,6 +23,8 @@ from recursive_weights.interfaces import Model, Operator, Spec, Tree, UserError
 SCHEMES = ('independent', 'centre', 'derived')
 # Parts of the parameters whose leaves have the members as their first axis.
 BY_MEMBER = ('members', 'centres')
+# Of the directions of a basis whose leaf begins at zero.
+ZERO_SIZE = 0.02
 
 
 def make(
@@ -274,9 +276,15 @@ def _combination(rank):
 
 
 def _bases(key, leaf, rank):
-  """The leaf, and directions of its size that are drawn: G_0, G_1, ..."""
+  """The leaf, and directions of its size that are drawn: G_0, G_1, ...
+
+  Those of a leaf of zeros have a size all the same: their coefficients begin at
+  zero, so a direction of zeros would have no gradient, ever.
+  """
   draw = jax.random.normal(key, (rank - 1, *leaf.shape), leaf.dtype)
-  return jnp.concatenate([leaf[None], jnp.sqrt(jnp.mean(leaf**2)) * draw])
+  size = jnp.sqrt(jnp.mean(leaf**2))
+  size = jnp.where(size > 0, size, ZERO_SIZE)
+  return jnp.concatenate([leaf[None], size * draw])
 
 
 def _check(scheme, rules, apart, paths):
@@ -299,6 +307,12 @@ def _check(scheme, rules, apart, paths):
         f'{sorted(fields)}'
       )
       continue
+    if 'name' not in fields['operator']:
+      errors.append(
+        f"rules.{name}.operator must have a name ('' with a basis), got "
+        f'{dict(fields["operator"])}'
+      )
+      continue
     if bool(fields['basis']) == bool(fields['operator']['name']):
       errors.append(
         f'rules.{name} must have basis > 0 or the name of an operator, got '
@@ -319,6 +333,15 @@ def _check(scheme, rules, apart, paths):
       )
     for path in hits:
       met[path].append(name)
+  named: dict[str, list] = {}
+  for path in (path for path, names in met.items() if names):
+    named.setdefault(_name(path), []).append(path)
+  errors += [
+    f'{" and ".join(same)} would both be stored as members/{name}: name the '
+    'parameters of the member differently, or let a rule meet one alone'
+    for name, same in named.items()
+    if len(same) > 1
+  ]
   errors += [
     f'{path} is met by rules {names}, must be by one'
     for path, names in met.items()

@@ -8,7 +8,7 @@ import pytest
 
 from recursive_weights import build
 from recursive_weights.derivation import report
-from recursive_weights.interfaces import Spec, UserError
+from recursive_weights.interfaces import Model, Spec, UserError
 from recursive_weights.models import ctm_neurons, specialists
 from recursive_weights.recursion import objective
 from recursive_weights.tasks import domains
@@ -295,6 +295,10 @@ def test_a_continuous_thought_machine_specialises(task):
     ({'rules': {'a': rule('none', basis=2)}}, "'none' meets no parameter"),
     ({'rules': {'a': rule('norm', basis=2), 'b': SMALL}}, 'is met by rules'),
     ({'rules': {'a': rule('norm')}}, 'basis > 0 or the name of an operator'),
+    (
+      {'rules': {'a': rule('norm') | {'operator': {'rank': 2}}}},
+      r"rules.a.operator must have a name .*, got \{'rank': 2\}",
+    ),
     ({'rules': {'a': rule('(', basis=2)}}, 'no regular expression'),
     ({'scheme': 'independent', 'rules': {}, 'apart': True}, 'apart must be'),
   ],
@@ -302,6 +306,31 @@ def test_a_continuous_thought_machine_specialises(task):
 def test_errors_say_what_to_do(task, fields, message):
   with pytest.raises(UserError, match=message):
     make(task, 'derived', **fields)
+
+
+def test_two_leaves_of_one_name_are_refused(task):
+  same = {'a': {'b_c': jnp.zeros(3)}, 'a_b': {'c': jnp.zeros(3)}}
+  member = Model(lambda key, inputs: same, None, None)
+  with pytest.raises(UserError, match='a/b_c and a_b/c would both be stored'):
+    specialists.make(
+      task.spec,
+      member={'name': 'twins'},
+      build=lambda *arguments, **fields: member,
+      rules={'a': rule('^a', basis=2, layers=False)},
+    )
+
+
+def test_a_basis_of_zeros_can_learn():
+  """Coefficients have a gradient although the leaf is zero."""
+  bases = specialists._bases(jax.random.key(0), jnp.zeros((4, 3)), 3)
+  assert not (bases[0] != 0).any() and (bases[1:] != 0).all()
+  operator = specialists._combination(3)
+  theta = operator.init(jax.random.key(0), bases)
+  chex.assert_trees_all_equal(operator.apply(theta, bases), bases[0])
+  slope = jax.grad(lambda theta: operator.apply(theta, bases).sum())(theta)
+  assert (slope['coefficients'][1:] != 0).all()
+  large = specialists._bases(jax.random.key(0), jnp.full((99, 99), 5.0), 2)
+  np.testing.assert_allclose(large[1].std(), 5, rtol=0.03)
 
 
 def test_a_task_without_domains_is_refused(task):

@@ -28,7 +28,8 @@ Members by tier (`TIERS`), joined to sizes by a comma:
   fusions    baseline and each other fusion of the two halves
   diagnosis  baseline, both pure recurrent models, and halves that learn one
              after the other: `time_first` (Mamba-2 rests for half of the
-             steps), `ssm_first` (RWKV-6 rests)
+             steps), `ssm_first` (RWKV-6 rests), beside `restart` (none rests).
+             These three begin the schedule and the data again half-way.
 
 Sizes: `small` (half a million parameters, for a CPU: 600 steps of 16 x 64) and
 `smoke` (seconds). StateNorm inside the recurrence (`groups_*`) goes token by
@@ -52,11 +53,18 @@ TIERS = {
   ),
   '3': ('baseline', 'rwkv6', 'mamba2', 'attention'),
   'fusions': ('baseline', *FUSIONS),
-  'diagnosis': ('baseline', 'rwkv6', 'mamba2', 'time_first', 'ssm_first'),
+  'diagnosis': (
+    *('baseline', 'rwkv6', 'mamba2'),
+    *('restart', 'time_first', 'ssm_first'),
+  ),
 }
 MEMBERS = tuple(dict.fromkeys(name for tier in TIERS.values() for name in tier))
 # Members that go on from the weights of another one.
-AFTER = {'time_first': 'time_alone', 'ssm_first': 'ssm_alone'}
+AFTER = {
+  'restart': 'half',
+  'time_first': 'time_alone',
+  'ssm_first': 'ssm_alone',
+}
 VARIANTS = (*MEMBERS, *AFTER.values(), *SIZES)
 
 # What a member answers: the question, the member that is compared with the
@@ -118,6 +126,8 @@ def get_config(variant=None):
   )
   config.checkpoint.every = 1000
   config.evaluators.after.perplexity.bins = ()
+  gates = config.evaluators.after.state_gates
+  config.evaluators.during.state_gates = gates.to_dict() | {'layers': False}
   if size:
     _small(config)
   _groups(config)
@@ -226,4 +236,5 @@ def _smoke(config):
   for when in ('during', 'after'):
     config.evaluators[when].perplexity.update(max_batches=2)
   config.evaluators.after.samples.update(count=20, copies=1)
-  del config.evaluators.after['state_gates']  # longer to compile than the rest
+  for when in ('during', 'after'):  # longer to compile than the rest
+    del config.evaluators[when]['state_gates']

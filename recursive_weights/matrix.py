@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from scipy import stats
 
 from recursive_weights import command
 from recursive_weights.io import json_files
@@ -31,6 +32,7 @@ _log = logging.getLogger('recursive_weights.matrix')  # even as __main__
 
 LOSS = 'validation/loss'
 BASELINE = 'baseline'
+RESTART = 'restart'  # the baseline in two halves, as those below
 PURE = ('rwkv6', 'mamba2', 'attention')
 # Of a component's gradient norm over the largest one's, by component.
 SHARES = re.compile(r'gates/gradient_share/(?!.*/(?:std|seed\d+)$)')
@@ -40,6 +42,7 @@ FAIL = 2
 
 def main(overrides):
   from recursive_weights.interfaces import UserError
+  from recursive_weights.training import loop
 
   given = flags.FLAGS
   for name in ('config', 'workdir'):
@@ -57,7 +60,10 @@ def main(overrides):
   for member in members:
     build(module, member, overrides)
   for member in members:
-    train(module, member, folder, overrides)
+    try:
+      train(module, member, folder, overrides)
+    except loop.Diverged as error:
+      _log.warning('%s is left out: %s', member, error)
   rows = [
     measure(member, folder / member)
     for member in module.MEMBERS
@@ -78,62 +84,77 @@ def main(overrides):
   print(json.dumps({row['member']: mean(row['best']) for row in rows}))
 
 
-def build(module, member: str, overrides: list[str], **fields):
+def build(module, member: str, overrides: list[str], workdir='', **fields):
   """The experiment of a member; `fields` are dotted names of its config."""
   from recursive_weights import build, config
 
   given = flags.FLAGS
   size = [given.variant] if given.variant else []
   path = given.second_path if member == 'second_text' else given.path
-  changes = {'num_seeds': given.num_seeds, 'task.path': path} | fields
-  changed = command.override(
-    module.get_config(','.join([member, *size])),
-    [*overrides, *(f'--config.{k}={v}' for k, v in changes.items())],
-  )
-  return build.build(config.to_data(changed))
+  data = module.get_config(','.join([member, *size]))
+  data.num_seeds, data.task.path = given.num_seeds, path
+  data = command.override(data, overrides)
+  data.update_from_flattened_dict(fields)
+  return build.build(config.to_data(data), str(workdir))
 
 
 def train(module, member: str, folder: pathlib.Path, overrides) -> None:
   """Trains a member, after the one whose weights it begins with."""
-  given = flags.FLAGS
   fields: dict[str, Any] = {}
-  if given.learning_rates:
+  if flags.FLAGS.learning_rates:
     fields['optimizer.learning_rate'] = best_rate(
       module, member, folder, overrides
     )
   first = module.AFTER.get(member)
   if first:
-    run(build(module, first, overrides, **fields), folder / first)
+    run(module, first, folder / first, overrides, fields)
     fields['init_from'] = str(folder / first)
-  run(build(module, member, overrides, **fields), folder / member)
+  run(module, member, folder / member, overrides, fields)
 
 
 def best_rate(module, member: str, folder, overrides) -> float:
-  """The learning rate with the lowest validation loss of one short run each."""
+  """The learning rate with the lowest validation loss of one short run each.
+
+  Raises:
+    Diverged: with every rate.
+  """
+  from recursive_weights.training import loop
+
   given = flags.FLAGS
+  steps = build(module, member, overrides).config['training']['steps']
+  steps = min(given.screen_steps, steps)
   losses = {}
   for rate in command.numbers('learning_rates', given.learning_rates):
-    workdir = folder / 'screen' / f'{member}-{rate:g}'
+    workdir = folder / 'screen' / f'{member}-{steps}-{rate:g}'
     fields = {
       'num_seeds': 1,
-      'training.steps': given.screen_steps,
+      'training.steps': steps,
       'optimizer.learning_rate': rate,
+      'evaluators.after': {},
     }
-    run(build(module, member, overrides, **fields), workdir)
-    losses[rate] = float(mean(measure(member, workdir)['best']))
+    try:
+      run(module, member, workdir, overrides, fields)
+    except loop.Diverged as error:
+      _log.info('%s: %s', workdir, error)
+      continue
+    losses[rate] = mean(measure(member, workdir)['best'])
+  if not losses:
+    raise loop.Diverged(f'{member} diverged with every learning rate')
   chosen = min(losses, key=lambda rate: losses[rate])
   tried = ', '.join(f'{rate:g}: {loss:.4f}' for rate, loss in losses.items())
   _log.info('%s takes learning rate %g of %s', member, chosen, tried)
   return chosen
 
 
-def run(experiment, workdir: pathlib.Path) -> None:
-  """Trains an experiment to its end, from where it is."""
+def run(module, member: str, workdir: pathlib.Path, overrides, fields) -> None:
+  """Trains a member to its end, from where it is."""
   from recursive_weights.interfaces import UserError
   from recursive_weights.training import loop
 
   _log.info('%s', workdir)
-  if not loop.run(experiment, str(workdir)):
+  experiment = build(module, member, overrides, workdir, **fields)
+  loop.run(experiment, str(workdir))
+  if not (workdir / 'results.json').exists():
     raise UserError(
       f'{workdir} was interrupted; the same command goes on from there'
     )
@@ -150,7 +171,9 @@ def measure(member: str, workdir: pathlib.Path) -> dict[str, Any]:
 
   data = checkpoints.read_config(workdir)
   history = metrics.read(workdir / 'metrics.jsonl')
-  curve_EN = compression.curves(history, LOSS)
+  curve_EN = compression.curves(history, LOSS).astype(float)  # null is NaN
+  curve_EN = np.where(np.isfinite(curve_EN), curve_EN, np.inf)
+  steps = history[-1]['step']
   rates = [
     x['time/steps_per_second'] for x in history if 'time/steps_per_second' in x
   ]
@@ -160,8 +183,8 @@ def measure(member: str, workdir: pathlib.Path) -> dict[str, Any]:
     'member': member,
     'parameters': parameters(data),
     'learning_rate': data['optimizer']['learning_rate'],
-    'steps': train['steps'],
-    'tokens': train['steps'] * tokens // seeds,
+    'steps': steps,
+    'tokens': steps * tokens // seeds,
     'best': curve_EN.min(1).tolist(),
     'last': curve_EN[:, -1].tolist(),
     'tokens_per_second': float(np.median(rates)) * tokens,
@@ -192,28 +215,28 @@ def spread(values) -> float:
 def apart(ours: list[float], theirs: list[float]) -> tuple[float, float]:
   """Mean of `ours - theirs`, and what it must exceed to be more than chance.
 
-  Pairs of seeds: twice the standard error of their differences, or of the two
-  means where the numbers of seeds differ; infinite for a single seed, which
-  tells nothing of its spread.
+  Pairs of seeds, as many as both have: Student's t, 95 %, two-sided. Infinite
+  for a single seed, which tells nothing of its spread.
   """
-  found = mean(ours) - mean(theirs)
-  if min(len(ours), len(theirs)) < 2:
+  count = min(len(ours), len(theirs))
+  difference_E = np.subtract(ours[:count], theirs[:count])
+  found = float(difference_E.mean())
+  if count < 2:
     return found, math.inf
-  if len(ours) == len(theirs):
-    error = spread(np.subtract(ours, theirs)) / math.sqrt(len(ours))
-  else:
-    error = math.hypot(
-      spread(ours) / math.sqrt(len(ours)),
-      spread(theirs) / math.sqrt(len(theirs)),
-    )
-  return found, 2 * error
+  quantile = float(stats.t.ppf(0.975, count - 1))
+  return found, quantile * spread(difference_E) / math.sqrt(count)
+
+
+def comparable(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+  """Whether two runs had the same data and as many steps."""
+  return all(ours[name] == theirs[name] for name in ('data', 'steps'))
 
 
 def decide(found, question: str, member: str, keep: str, take: str):
-  """A line of the table of decisions; None where a member is missing."""
+  """A line of the table of decisions; None where there is none to compare."""
   if BASELINE not in found or member not in found:
     return None
-  if found[BASELINE]['data'] != found[member]['data']:
+  if not comparable(found[BASELINE], found[member]):
     return None
   gain, least = apart(found[BASELINE]['best'], found[member]['best'])
   verdict = 'within the spread'
@@ -240,6 +263,8 @@ def diagnose(hybrid: list[float], first: list[float], second: list[float]):
   """
   low, high = sorted((first, second), key=mean)
   gain, least = apart(low, hybrid)
+  if math.isinf(least):
+    return 'of one seed, which tells no spread'
   if gain > least:
     return 'better than both halves: they work together'
   if gain >= 0 or -gain <= least:
@@ -261,7 +286,7 @@ def scale(found, decisions, questions) -> dict[str, Any]:
       'beats every pure model by more than the spread',
       'validation does not rise again by 5 %',
       'gradients of the halves are within 3x',
-      'what every feature is worth is known',
+      'what every feature is worth was measured',
     )
   )
   names = list(conditions)
@@ -292,7 +317,7 @@ def table(rows) -> str:
   lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
   for name, row in rows.items():
     gap = ''
-    if BASELINE in rows and rows[BASELINE]['data'] == row['data']:
+    if BASELINE in rows and comparable(rows[BASELINE], row):
       gap = '{:+.4f} (needs {:.4f})'.format(
         *apart(row['best'], rows[BASELINE]['best'])
       )
@@ -327,6 +352,11 @@ def answers(decisions) -> str:
       f'| {d["question"]} | {d["member"]} | {d["gain"]:+.4f} | {least} | '
       f'{d["verdict"]} |'
     )
+  chance = 0.05 * len(decisions)
+  lines += [
+    '',
+    f'By chance alone about {chance:.1f} of these would be decided.',
+  ]
   return '\n'.join(lines) + '\n' if decisions else ''
 
 
@@ -337,15 +367,15 @@ def diagnosis(found) -> str:
     losses = [found[name]['best'] for name in (BASELINE, 'rwkv6', 'mamba2')]
     lines.append(f'The hybrid is {diagnose(*losses)}.')
   for name in ('time_first', 'ssm_first'):
-    if BASELINE in found and name in found:
-      gain, least = apart(found[BASELINE]['best'], found[name]['best'])
-      what = 'no other loss, so it is not that they learn at once'
+    if RESTART in found and name in found:
+      gain, least = apart(found[RESTART]['best'], found[name]['best'])
+      what = 'no difference beyond the spread'
       if gain > least:
-        what = 'a lower loss: halves hinder each other when they learn at once'
+        what = 'halves hinder each other when they learn at once'
       if gain < -least:
-        what = 'a higher loss: halves help each other from the start'
+        what = 'halves help each other from the start'
       lines.append(
-        f'{name}: {gain:+.4f} (needs {least:.4f}) in the same steps: {what}.'
+        f'{name} against {RESTART}: {gain:+.4f} (needs {least:.4f}): {what}.'
       )
   return '\n'.join(lines) + '\n' if lines else ''
 

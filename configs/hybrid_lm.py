@@ -16,7 +16,10 @@ Gates of state health (evaluators/state_gates.py) end the run: a table in the
 log, `gates.json`. Their bounds were set on seeds 0 to 2 of a smaller hybrid
 (width 48, two layers, 400 steps); seeds 3 to 5 pass every gate, and the same
 weights with one half frozen, forgetting all, exploding or silent fail the gate
-that says so, 24 of 24 (tests/evaluators/test_hybrid_gates.py, marked long).
+that says so, 24 of 24 (tests/evaluators/test_hybrid_gates.py, marked long). All
+those have heads of 16. Heads here are of 32 (`m8` and `m30` have a state of 64
+for Mamba-2, `m125` heads of 64 too), for which no bounds were set, so verdicts
+here are a guide: `evaluators.after.state_gates.bounds` takes your own.
 Half-lives of the healthy ones are 4 to 85 tokens. A state swapped for that of
 another text changes the loss of the next 64 characters by less than .01 nats:
 so short a training hardly uses what it could remember.
@@ -32,7 +35,8 @@ Variants, joined by commas: `smoke` (seconds), and
   state     `fresh` (every chunk starts anew), `shuffled` (every chunk gets the
             state of another text), `curriculum` (chunks a quarter, then half)
   watch     `gates` (state health at every evaluation, and after a smoke run),
-            `plateau` (with rules that cut the learning rate and stop the run)
+            `plateau` (with rules that cut the learning rate and stop the run;
+            those on states speak only with gates: `plateau,gates`)
   text      `bytes`, `library` (sources of the standard library, ten times as
             much); any other by --config.task.path=FILE_OR_FOLDER
   sizes     `m8`, `m30`, `m125` (for GPUs)

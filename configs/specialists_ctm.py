@@ -18,14 +18,14 @@ domain); `of eight`: weights saved against eight models of their own.
   low_rank      38,536   85.0 %     2.656        2.669         2.645
   basis         46,148   82.0 %     2.684        2.697         2.684
 
-So sharing pays at equal steps, and training seven sets of operators beside one
-centre does no harm, but the machines hardly specialise: members are better than
-the average of the seven on their own domain by .013 nats (95 % interval from
-.008), in two domains worse, and the centre without its operators is as good.
-As a router they are near chance (.16 of passages; words .24, trigrams .33).
-
-Operators of higher rank on synapses and readout too were tried only before an
-error in their gradients was found (rows by vmap, see recursion/hoist.py).
+So sharing pays at equal steps, but the machines hardly specialise: members of
+`derived` are better than the average of the seven on their own domain by .013
+nats (95 % interval from .008), in two domains worse, and the centre without its
+operators is better than the members with them (2.6465 against 2.6524;
+`low_rank` 2.645 against 2.656, `basis` the same). `derived` and `low_rank` are
+ahead of `centre`, but schemes with rules also train with lr_scale .3 on what
+their members have of their own, and one seed is no spread. As a router they are
+near chance (.16 of passages; words .24, trigrams .33).
 
 Variants, joined by commas: `smoke` (seconds) and those of
 configs/specialists_lm.py.

@@ -27,12 +27,14 @@ Every member of `derived` is better on its own domain than the seven are on
 average, by 4.1 standard errors over passages in the worst domain (4.7 in seed
 1). So sharing is worth a lot at equal steps (.24 nats less than independent
 members, each of which sees a seventh of the text), and specialising a little
-(.015 less than one model for all). Operators are as good as low-rank adapters
-and no better: those of rank 4, 14 % larger, are .004 and .001 ahead, those of
-rank 3, 14 % smaller (104,320 weights, 81.9 %), .001 (1.962, seed 0). Members
-whose copies of the centre a hub synchronises beat that centre after the last
-synchronisation, 2.177 against 2.213, but learn more slowly than those that
-train together.
+(.015 less than one model for all). Low-rank adapters are ahead of operators in
+all three comparisons, by .001 to .004: of rank 4 (5 % more weights in all, 14 %
+more in members) by .004 and .001, of rank 3 (104,320 weights, 81.9 %, seed 0)
+by .001. All are within the spread of the seeds (.010). Members whose copies of
+the centre a hub synchronises beat that centre after the last synchronisation,
+2.177 against 2.213, but learn more slowly than those that train together. The
+`hub` figures are of copies judged on validation rows of LOGOS alone, so shares
+favoured its member; now rows of all domains judge, and this was not run again.
 
 Which member should read a text? Losses on 128 characters name the right domain
 in .62 and .61 of passages (top 2: .76), words alone in .63, trigrams in .72:

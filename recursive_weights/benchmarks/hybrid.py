@@ -10,7 +10,9 @@ token by token, the memory that the compiler plans, compile times.
 
 prints for each pattern, reading in chunks and writing one by one, what a
 process of its own holds after so many tokens: bytes of the cache, of all live
-arrays, what the compiler plans for a call, the largest resident memory so far.
+arrays, what the compiler plans for a call, the largest resident memory so far;
+and the speed. `results/hybrid_cpu.jsonl` was taken on a machine that did other
+work too, so its lines are without `tokens_per_second`.
 """
 
 import argparse
@@ -161,8 +163,9 @@ def main() -> None:
   parser.add_argument('--rows', type=int, default=1, help='texts written')
   parser.add_argument('--written', type=int, default=64, help='tokens written')
   parser.add_argument('--repeats', type=int, default=5)
+  programs_known = ['train', 'read', 'write']
   parser.add_argument(
-    '--program', nargs='+', default=['train', 'read', 'write']
+    '--program', nargs='+', default=programs_known, choices=programs_known
   )
   parser.add_argument(
     '--tokens',
@@ -192,7 +195,7 @@ def main() -> None:
       'jax': jax.__version__,
     }
     if flags.tokens:
-      flags.batch = flags.rows = line['batch'] = 1
+      flags.batch = flags.rows = line['batch'] = line['rows'] = 1
       for name in ('read', 'write'):
         with multiprocessing.get_context('spawn').Pool(1) as pool:
           for found in pool.apply(grown, (fields, flags, name)):

@@ -6,7 +6,8 @@ prints one JSON line a finished run of configs/specialists_*.py: what it stores,
 against eight models of its own member, and what it reaches on held-out text.
 With --domain (a book beside those that the run was trained on) a member more is
 trained on few rows of it, the rest frozen, and beside it all weights of the
-centre; the rate and when to stop are chosen on validation rows.
+centre; the rate and when to stop are chosen on validation rows. That needs
+a centre that all members share: no independent ones, no copies (`apart`).
 """
 
 import argparse
@@ -20,6 +21,7 @@ import optax
 from recursive_weights import build, restore
 from recursive_weights.derivation import report
 from recursive_weights.evaluators import accuracy
+from recursive_weights.interfaces import UserError
 from recursive_weights.models import specialists
 
 RATES = (1e-3, 3e-3, 1e-2)
@@ -38,6 +40,33 @@ def scheme(config: dict) -> str:
   if model['apart']:
     name += f' {federation["topology"]}' if federation['every'] else ' apart'
   return name
+
+
+def check(workdir: pathlib.Path, domain: str) -> None:
+  """Raises `UserError` where a run is not one that this can measure."""
+  for name in ('config.json', 'results.json'):
+    if not (workdir / name).is_file():
+      raise UserError(
+        f'{workdir} must be the folder of a finished run, but has no {name}: '
+        'train it to the end'
+      )
+  config = json.loads((workdir / 'config.json').read_text())
+  if config['model']['name'] != 'specialists':
+    raise UserError(
+      f'{workdir} must be a run of model specialists, got '
+      f'{config["model"]["name"]!r}'
+    )
+  if config['num_seeds'] > 1:
+    raise UserError(
+      f'{workdir} must be of one seed, got num_seeds = {config["num_seeds"]}: '
+      'train every seed in a run of its own'
+    )
+  apart = config['model']['apart']
+  if domain and (apart or config['model']['scheme'] == 'independent'):
+    raise UserError(
+      f'{workdir} must have a centre that all members share for --domain, got '
+      f'scheme {scheme(config)!r}: leave --domain out, or give another run'
+    )
 
 
 def summary(workdir: pathlib.Path) -> dict:
@@ -161,12 +190,17 @@ def main() -> None:
   parser.add_argument('--samples', nargs='+', type=int, default=[28, 112, 448])
   parser.add_argument('--steps', type=int, default=150)
   flags = parser.parse_args()
-  for run in flags.runs:
-    if not flags.domain:
-      print(json.dumps(summary(run)), flush=True)
-      continue
-    for line in transfer(run, flags.domain, flags.samples, flags.steps):
-      print(json.dumps(line), flush=True)
+  try:
+    for run in flags.runs:
+      check(run, flags.domain)
+    for run in flags.runs:
+      if not flags.domain:
+        print(json.dumps(summary(run)), flush=True)
+        continue
+      for line in transfer(run, flags.domain, flags.samples, flags.steps):
+        print(json.dumps(line), flush=True)
+  except UserError as error:
+    parser.error(str(error))
 
 
 if __name__ == '__main__':

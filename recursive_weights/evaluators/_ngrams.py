@@ -6,7 +6,11 @@ from recursive_weights.interfaces import Task
 
 
 def losses(
-  task: Task, inputs: np.ndarray, targets: np.ndarray, most: int = 2_000_000
+  task: Task,
+  inputs: np.ndarray,
+  targets: np.ndarray,
+  batch_size: int,
+  most: int = 2_000_000,
 ) -> tuple[float, float]:
   """Nats a token of the next token by its own frequency, and by the last one's.
 
@@ -15,10 +19,12 @@ def losses(
   Args:
     task: a text, whose training split is counted.
     inputs, targets: held-out tokens and those that follow them.
+    batch_size: rows of a training batch, as many as the training text has room
+      for.
     most: training tokens to count.
   """
   classes = task.spec.classes
-  before, after = _pairs(task, most)
+  before, after = _pairs(task, batch_size, most)
   single = np.bincount(after, minlength=classes)
   p_V = (single + 1) / (single.sum() + classes)
   pairs, counts = np.unique(before * classes + after, return_counts=True)
@@ -31,9 +37,8 @@ def losses(
   return float(-np.log(p_V[targets]).mean()), float(-np.log(p).mean())
 
 
-def _pairs(task, most):
+def _pairs(task, size, most):
   """Neighbours in the training text, at most so many, int64."""
-  size = 16
   total = min(task.spec.sizes['train'] * task.spec.answer[0], most)
   before, after, index, seen = [], [], 0, 0
   while seen < total:

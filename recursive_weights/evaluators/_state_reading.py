@@ -15,8 +15,8 @@ import numpy as np
 
 from recursive_weights.interfaces import Decoder, Tree
 
-# What decides how long a state remembers, and when.
-DECIDES = re.compile(r'decay|gate|dt_bias|a_log|delta|beta|grounding')
+# What decides how long a state remembers, and when. A gate of outputs does not.
+DECIDES = re.compile(r'decay|dt_bias|a_log|delta|beta|grounding')
 OUTPUTS = ('out', 'output')
 STRENGTH = 0.1  # of a perturbation, in units of the state's own size
 

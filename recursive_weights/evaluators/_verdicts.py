@@ -15,8 +15,8 @@ VERDICTS = ('PASS', 'WARN', 'FAIL')
 LOW, HIGH = -1e30, 1e30
 
 # By measure (fail below, warn below, warn above, fail above). Set on three
-# trained and 27 broken hybrids (heads of 16, 400 steps): between the two where
-# a measure tells them apart, else around the healthy ones.
+# trained hybrids (heads of 16, 400 steps) and broken ones of them: between the
+# two where a measure tells them apart, else around the healthy ones.
 BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'round_trip': (1.0, 1.0, HIGH, HIGH),
   'finite': (1.0, 1.0, HIGH, HIGH),

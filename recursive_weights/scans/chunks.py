@@ -20,8 +20,8 @@ ALGORITHMS = ('chunked', 'recurrent')
 class Pending(NamedTuple):
   """A prefill whose tokens are not yet accepted: what `commit` needs.
 
-  state_BHKV at the start of each chunk, the keys, what they wrote, the log
-  decays, the resets and the state that resets bring in, in chunks.
+  The states at the start of each chunk, `[chunks, N, R, K, V]`, the keys, what
+  they wrote, the log decays, the resets and the state that resets bring in.
   """
 
   starts: Array

@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from recursive_weights.interfaces import Evaluator, Task, Tree, UserError
+from recursive_weights.io import json_files
 from recursive_weights.training import checkpoints as checkpoints_lib
 from recursive_weights.training import devices, metrics, stopping
 from recursive_weights.training.interrupt import Interrupt
@@ -105,7 +105,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       write_config(folder, config)
     writer = metrics.Writer(folder, step, main)
     stack.callback(writer.close)
-    stop = _stop(writer.history, config)
+    stop = _stop(_verdict(writer.history, config))
     total = train['steps']
     finished = step >= total or bool(stop)
     results_path = folder / 'results.json'
@@ -186,9 +186,9 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
         _check_names(config, writer.history, line)
       if line:
         writer.write(step, line)
-      stop = _stop(writer.history, config)
-      if evaluate:
-        state = _cut(state, writer.history, config, placement)
+        verdict = _verdict(writer.history, config)
+        stop = _stop(verdict)
+        state = _cut(state, verdict, line, config, placement)
       if save or stop:
         saved.save(
           placement.gather(state), _scores(writer.history, step), emptied
@@ -214,7 +214,9 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
       _log.info('stopped early at step %d: %s', step, stop)
     results = evaluate_all(experiment.after, judged(plain, config), config)
     if main:
-      _write_json(results_path, {'step': step} | metrics.finite(results))
+      json_files.write(
+        results_path, {'step': step} | metrics.finite(results), indent=2
+      )
     return results
 
 
@@ -268,17 +270,11 @@ def check_workdir(folder: pathlib.Path, config: dict) -> None:
 def write_config(folder: pathlib.Path, config: dict) -> None:
   """`config.json` and its recursive part, readable, where they changed."""
   folder.mkdir(parents=True, exist_ok=True)
-  _write_json(folder / 'config.json', config)
-  _write_json(folder / 'recursive_config.json', config['recursive'])
-
-
-def _write_json(path: pathlib.Path, data: dict) -> None:
-  text = json.dumps(data, indent=2, sort_keys=False) + '\n'
-  if path.exists() and path.read_text() == text:
-    return
-  part = path.with_suffix('.part')
-  part.write_text(text)
-  os.replace(part, path)
+  for name, part in (
+    ('config', config),
+    ('recursive_config', config['recursive']),
+  ):
+    json_files.write(folder / f'{name}.json', part, indent=2)
 
 
 def _without(fields: dict, *names: str) -> dict:
@@ -379,20 +375,26 @@ def _train_metrics(found, row, seeds):
   return metrics.summary(members)
 
 
-def _stop(history, config):
+def _verdict(history, config):
+  return stopping.judge(history, **config['early_stopping'])
+
+
+def _stop(verdict):
   """The reason to stop, '' to go on."""
-  verdict = stopping.judge(history, **config['early_stopping'])
   return f'{verdict.rule}: {verdict.reason}' * (verdict.action == 'stop')
 
 
-def _cut(state, history, config, placement):
-  """The state with the learning rate that the latest evaluation asks for."""
-  verdict = stopping.judge(history, **config['early_stopping'])
-  if verdict.action in ('cut', 'examine'):
-    _log.warning('%s: %s', verdict.rule, verdict.reason)
-  if verdict.action != 'cut':
+def _cut(state, verdict, line, config, placement):
+  """The state with the learning rate that a line's verdict asks for."""
+  if verdict.action not in ('cut', 'examine'):
     return state
-  rules, _, _ = stopping.parse(config['early_stopping']['rules'])
+  rules, _, curves = stopping.parse(config['early_stopping']['rules'])
+  # The verdict of a line without a new value is that of the one before.
+  if curves['validation'] not in line:
+    return state
+  _log.warning('%s: %s', verdict.rule, verdict.reason)
+  if verdict.action == 'examine':
+    return state
   plain = placement.gather(state)
   rate = jax.tree.map(lambda x: x * rules.cut, plain.rate)
   return placement.scatter(plain._replace(rate=rate))
@@ -420,7 +422,9 @@ def _check_names(config, history, line):
   rules = config['early_stopping']['rules']
   if rules:
     _, _, curves = stopping.parse(rules)
-    for name in ('validation', 'probe'):
+    # Before the first report there is none of training.
+    told = any(name.startswith('train/') for name in known)
+    for name in ('train', 'validation', 'probe')[not told :]:
       wanted[f'early_stopping.rules.{name}'] = curves[name]
   for field, metric in wanted.items():
     if metric and metric not in known:

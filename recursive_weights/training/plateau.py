@@ -105,21 +105,8 @@ def judge(
   Raises:
     UserError: the rules contradict each other.
   """
-  verdicts, _ = _replay(history, rules, train, validation, probe)
+  verdicts = _replay(history, rules, train, validation, probe)
   return verdicts[-1] if verdicts else Verdict('continue', 'early', 'no values')
-
-
-def scale(
-  history: list[dict],
-  rules: Rules = Rules(),  # noqa: B008
-  *,
-  train: str = 'train/loss',
-  validation: str = 'validation/loss',
-  probe: str = '',
-) -> float:
-  """The factor on the learning rate after every cut of a history."""
-  verdicts, _ = _replay(history, rules, train, validation, probe)
-  return rules.cut ** sum(verdict.action == 'cut' for verdict in verdicts)
 
 
 def _replay(history, rules, train, validation, probe):
@@ -138,7 +125,7 @@ def _replay(history, rules, train, validation, probe):
       seen.append((steps[:count], values[:count]))
     verdict, past = _verdict(*seen, past, rules)
     verdicts.append(verdict)
-  return verdicts, past
+  return verdicts
 
 
 def _verdict(train, validation, probe, past, rules):

@@ -254,7 +254,7 @@ def test_counts_of_tokens_against_a_loop(tmp_path):
   task = text.make(path=str(tmp_path / 'a.txt'), separator='\n\n', length=16)
   held = task.batch('test', 0, 1)
   inputs, targets = held['inputs']['tokens'], held['targets']
-  single, double = _ngrams.losses(task, inputs, targets)
+  single, double = _ngrams.losses(task, inputs, targets, 16)
   classes, size = task.spec.classes, 16
   batches = -(-task.spec.sizes['train'] * 16 // (size * 16))
   ones, twos = np.zeros(classes), np.zeros((classes, classes))

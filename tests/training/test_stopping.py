@@ -13,7 +13,7 @@ from test_loop import final_state, lines
 from recursive_weights import build
 from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
-from recursive_weights.training import checkpoints, loop, stopping
+from recursive_weights.training import checkpoints, loop, plateau, stopping
 
 OFF = {'metric': '', 'mode': 'max', 'patience': 10}
 # Judged by a curve that is flat from the beginning.
@@ -167,6 +167,57 @@ def test_a_curve_that_is_not_there_is_an_error():
   config = experiment({'validation': 'validation/lost'}).config
   with pytest.raises(UserError, match=r"rules.validation = 'validation/lost'"):
     loop._check_names(config, [{'step': 1}], {'validation/loss': 1.0})
+
+
+def test_a_training_curve_is_looked_for_once_there_is_a_report():
+  config = experiment({'train': 'train/lost'}).config
+  line = {'validation/loss': 1.0}
+  loop._check_names(config, [{'step': 1}], line)
+  with pytest.raises(UserError, match=r"rules.train = 'train/lost'"):
+    loop._check_names(config, [{'step': 1, 'train/loss': 1.0}], line)
+
+
+def test_a_line_without_the_curve_cuts_nothing(tmp_path):
+  """Other metrics may be evaluated in between, by evaluators of their own."""
+  made = experiment(IMPATIENT)
+  calls = iter(range(100))
+
+  def flat(params, key):
+    del params, key
+    # Judged at every third evaluation.
+    other = {'validation/other': 1.0}
+    return other if next(calls) % 3 else other | {'validation/flat': 1.0}
+
+  made = made._replace(during=made.during | {'flat': flat})
+  loop.run(made, tmp_path)
+  found = lines(tmp_path)
+  cuts = sum(
+    'validation/flat' in line
+    and stopping.judge(found[: i + 1], **OFF, rules=IMPATIENT).action == 'cut'
+    for i, line in enumerate(found)
+  )
+  again = sum(
+    stopping.judge(found[: i + 1], **OFF, rules=IMPATIENT).action == 'cut'
+    for i in range(len(found))
+  )
+  assert 0 < cuts < again
+  state = final_state(made, tmp_path)
+  np.testing.assert_allclose(state.rate['factor'], 0.6**cuts, rtol=1e-6)
+
+
+def test_a_report_cuts_where_the_curve_is_of_training():
+  made = experiment(IMPATIENT | {'validation': 'train/flat'})
+  line, verdict = {'train/flat': 1.0}, plateau.Verdict('cut', 'cut', '')
+  state = made.init(0)
+
+  class Whole:
+    gather = staticmethod(lambda state: state)
+    scatter = staticmethod(lambda state: state)
+
+  cut = loop._cut(state, verdict, line, made.config, Whole)
+  assert float(cut.rate['factor']) == pytest.approx(0.6)
+  kept = loop._cut(state, verdict, {'other': 1.0}, made.config, Whole)
+  assert float(kept.rate['factor']) == 1.0
 
 
 def test_all_fields_survive_json():

@@ -108,7 +108,7 @@ def steps_reported(workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('times', [4, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize('times', [3, pytest.param(10, marks=pytest.mark.long)])
 def test_killed_is_uninterrupted_to_the_bit(cache, whole, tmp_path, times):
   """kill -9 at random points; every life has its own dispatch length."""
   rng = random.Random(0)

@@ -26,7 +26,7 @@ CONFIGS = sorted(
 # What begins behind zeros (an output, a factor of low rank) moves later, and a
 # state at the start of a document where one begins: tests of models see to it.
 _HYBRID = r'^hybrid/time/(decay_up|mix_up|mix_x|first|state/initial)$'
-LATE = {'hybrid_lm': _HYBRID, 'hybrid_recall': _HYBRID}
+LATE = dict.fromkeys(('hybrid_lm', 'hybrid_matrix', 'hybrid_recall'), _HYBRID)
 
 
 def load(name, variant):
@@ -86,7 +86,9 @@ def test_configs_survive_json(name):
   assert not build.check(data)
 
 
-@pytest.mark.parametrize('name', ['bfloat16', 'float16'])
+@pytest.mark.parametrize(
+  'name', ['bfloat16', pytest.param('float16', marks=pytest.mark.long)]
+)
 @pytest.mark.slow
 def test_half_precision_trains(name):
   data = load('ctm_parity', 'smoke,residual') | {'dtype': name}

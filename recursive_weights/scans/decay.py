@@ -202,14 +202,26 @@ def inverse(below: list[Array], *, precision='highest') -> Array:
 
 
 def product(spec: str, a: Array, b: Array, dtype, precision) -> Array:
-  """An einsum of operands of `dtype` that adds in float32."""
-  return jnp.einsum(
-    spec,
-    a.astype(dtype),
-    b.astype(dtype),
-    precision=precision,
-    preferred_element_type=jnp.float32,
-  )
+  """An einsum of operands of `dtype` that adds in float32.
+
+  On a CPU operands of 16 bits are rounded and then multiplied as float32, which
+  is the same: XLA there (jaxlib 0.10.2) has no product of bfloat16 that adds in
+  float32 for every layout.
+  """
+  a, b = a.astype(dtype), b.astype(dtype)
+
+  def native(a, b):
+    return jnp.einsum(
+      spec, a, b, precision=precision, preferred_element_type=jnp.float32
+    )
+
+  if jnp.dtype(dtype) == jnp.float32:
+    return native(a, b)
+
+  def rounded(a, b):
+    return native(a.astype(jnp.float32), b.astype(jnp.float32))
+
+  return jax.lax.platform_dependent(a, b, cpu=rounded, default=native)
 
 
 def _merge(x: Array, lead: tuple[int, ...], tail: int) -> Array:

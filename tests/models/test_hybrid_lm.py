@@ -49,7 +49,7 @@ CASES = {
     'half_life': (2.0, 64.0),
   },
 }
-LONG = ('mixed', 'normed')  # the others compile sooner
+LONG = ('mamba2', 'mixed', 'normed')  # 'hybrid' has all of them
 everywhere = pytest.mark.parametrize(
   'name',
   [
@@ -510,7 +510,9 @@ def test_a_task_that_is_no_text_is_refused():
     hybrid_lm.make(spec)
 
 
-@pytest.mark.parametrize('pattern', ['H', 'A'])
+@pytest.mark.parametrize(
+  'pattern', ['H', pytest.param('A', marks=pytest.mark.long)]
+)
 def test_half_precision_keeps_types_and_most_digits(pattern):
   fields = SMALL | {'pattern': pattern}
   single = hybrid_lm.decoder(VOCABULARY, **fields)

@@ -40,7 +40,15 @@ def problem(digits=4, **fields):
   return model, params, words
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(
+      name, marks=[pytest.mark.long] if name in ('single', 'prefix') else []
+    )
+    for name in CASES
+  ],
+)
 def test_training_steps_are_the_steps_of_evaluation(name):
   """One step each from the carry gives what all steps together give."""
   model, params, words = problem(**CASES[name])

@@ -103,7 +103,13 @@ def test_fused_is_recurrent(rule, gates):
   assert not at_resets.any()
 
 
-@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize(
+  'rule',
+  [
+    pytest.param(rule, marks=[pytest.mark.long] if rule[:5] == 'gated' else [])
+    for rule in RULES
+  ],
+)
 @pytest.mark.parametrize('gates', ['tame', 'shut'])
 def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
   given, flags = inputs_of(rule, gates, fresh=True), flags_of()

@@ -127,7 +127,9 @@ def test_leaving_for_want_of_time_waits_for_empty_slots(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('strategy', ['fsdp', 'pmap'])
+@pytest.mark.parametrize(
+  'strategy', ['fsdp', pytest.param('pmap', marks=pytest.mark.long)]
+)
 def test_devices_agree(whole, tmp_path, strategy):
   _, state = whole
   run = experiment(devices__strategy=strategy)
@@ -137,7 +139,7 @@ def test_devices_agree(whole, tmp_path, strategy):
   chex.assert_trees_all_close(found.params, state.params, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accumulation_is_the_large_batch(tmp_path):
   run = experiment(training__accumulation=2)
   loop.run(stop_after(run, 6), tmp_path / 'parts')
@@ -151,7 +153,7 @@ def test_accumulation_is_the_large_batch(tmp_path):
     np.testing.assert_allclose(metrics[0][name], metrics[1][name], rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_in_one_program(tmp_path):
   both = experiment(num_seeds=2)
   loop.run(stop_after(both, 6), tmp_path / 'both')

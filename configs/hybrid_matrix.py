@@ -130,6 +130,8 @@ def get_config(variant=None):
   config.evaluators.during.state_gates = gates.to_dict() | {'layers': False}
   if size:
     _small(config)
+  if size == 'smoke':  # before members change them
+    config.model.update(layers=2, anchors=(1,))
   _groups(config)
   _member(config, member)
   if size == 'smoke':

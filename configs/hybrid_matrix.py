@@ -131,7 +131,7 @@ def get_config(variant=None):
   if size:
     _small(config)
   if size == 'smoke':  # before members change them
-    config.model.update(layers=2, anchors=(1,))
+    config.model.update(anchors=(3,))
   _groups(config)
   _member(config, member)
   if size == 'smoke':

@@ -20,6 +20,7 @@ STEPS = 4
 APART = {
   'arc_submission',
   'compression',
+  'domains',
   'early_exit',
   'forgetting',
   'halting',
@@ -31,6 +32,7 @@ APART = {
   'restarts',
   'retrieval',
   'samples',
+  'state_gates',
   'state_jitter',
   'utilisation',
 }

@@ -50,26 +50,26 @@ def answer_of(task, size, seed=0):
 def test_spec_describes_batches(task):
   assert set(task.spec.sizes) == {'train', 'validation', 'test'}
   for split in task.spec.sizes:
-    batch = task.batch(split, 0, 3)
+    batch = task.batch(split, 0, 8)
     chex.assert_trees_all_equal_shapes_and_dtypes(
       batch['inputs'],
       jax.tree.map(
-        lambda x: np.zeros((3, *x.shape), x.dtype), task.spec.inputs
+        lambda x: np.zeros((8, *x.shape), x.dtype), task.spec.inputs
       ),
     )
     if task.spec.puzzles:
       assert 0 <= batch['inputs']['puzzle'].min()
       assert batch['inputs']['puzzle'].max() < task.spec.puzzles
-    chex.assert_shape(batch['targets'], (3, *task.spec.answer))
+    chex.assert_shape(batch['targets'], (8, *task.spec.answer))
     assert batch['targets'].dtype == np.int32
     assert 0 <= batch['targets'].min()
     assert batch['targets'].max() < task.spec.classes
-    chex.assert_shape(batch['weight'], (3,))
+    chex.assert_shape(batch['weight'], (8,))
     assert batch['weight'].dtype == np.float32
 
 
 def test_batch_is_pure(module, task):
-  calls = [('train', 4, 5), ('test', 1, 5), ('train', 0, 5), ('train', 4, 7)]
+  calls = [('train', 4, 8), ('test', 1, 8), ('train', 0, 8), ('train', 4, 9)]
   first = [task.batch(*call) for call in calls]
   again = [module.make().batch(*call) for call in reversed(calls)][::-1]
   for a, b in zip(first, again, strict=True):
@@ -189,7 +189,7 @@ def test_data_hash_names_finite_data(module, task):
 
 
 def test_loss_and_augment_are_traced(task):
-  batch = task.batch('train', 0, 4)
+  batch = task.batch('train', 0, 8)
   key = jax.random.key(0)
 
   @jax.jit
@@ -197,7 +197,7 @@ def test_loss_and_augment_are_traced(task):
     batch = task.augment(key, batch)
     return batch, jax.grad(lambda x: task.loss(x, batch)[0].mean())(answer)
 
-  augmented, gradient = run(key, batch, answer_of(task, 4))
+  augmented, gradient = run(key, batch, answer_of(task, 8))
   chex.assert_trees_all_equal_shapes_and_dtypes(
     augmented, jax.tree.map(jnp.asarray, batch)
   )

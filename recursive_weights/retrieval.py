@@ -139,7 +139,7 @@ def read_settings(path: str) -> dict[tuple[str, int], dict]:
           f'{key[0]} with {key[1]} questions: keep those of one set'
         )
       found[key] = {name: row[name] for name in ('settings', 'rule')}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+  except (KeyError, TypeError) as error:
     raise interfaces.UserError(
       f'cannot read settings from {path}: {type(error).__name__}: {error}'
     ) from error

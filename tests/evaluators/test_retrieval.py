@@ -134,7 +134,7 @@ def test_settings_of_two_sets_are_refused(tmp_path):
   assert list(command.read_settings(path)) == [('ridge', 1), ('ridge', 2)]
   for text, message in (
     (json.dumps([row, row]), 'got two of ridge with 1 questions'),
-    ('{', 'cannot read settings'),
+    ('{', 'is not JSON'),
     ('[{"method": "ridge"}]', 'cannot read settings .* KeyError'),
   ):
     path.write_text(text)

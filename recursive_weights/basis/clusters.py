@@ -1,12 +1,16 @@
 """Questions and answers by cluster, padded and masked."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recursive_weights.interfaces import Array, UserError
+from recursive_weights.interfaces import Array, Tree, UserError
+
+# Numbers that members' intermediates may take at once: 64 MiB of float32.
+_AT_ONCE = 2**24
 
 
 class Clusters(NamedTuple):
@@ -96,6 +100,44 @@ def pad(clusters: Clusters, members: int, questions: int) -> Clusters:
     return jnp.pad(x, widths)
 
   return jax.tree.map(widen, clusters)
+
+
+def blocks(trees: Tree, each: int) -> Tree:
+  """Leaves `[E, ...]` as `[blocks, members, ...]`, filled up with zeros.
+
+  A block takes every n-th member, so that members spread over devices stay
+  where they are.
+
+  Args:
+    each: numbers that a member needs while it is worked on.
+  """
+  size = jax.tree.leaves(trees)[0].shape[0]
+  count = max(1, -(-size * each // _AT_ONCE))
+  members = -(-size // count)
+
+  def split(x):
+    fill = [(0, members * count - size)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, fill).reshape(members, count, *x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(split, trees)
+
+
+def by_block(function: Callable[..., Tree], each: int, *trees: Tree) -> Tree:
+  """`function(*trees)`, members `[E, ...]` in blocks, so memory has a bound.
+
+  Gradients work blocks out again instead of keeping them. For `each` see
+  `blocks`.
+  """
+  size = jax.tree.leaves(trees)[0].shape[0]
+  if size * each <= _AT_ONCE:
+    return function(*trees)
+  remade = jax.checkpoint(lambda block: function(*block))
+  found = jax.lax.map(remade, blocks(trees, each))
+
+  def join(x):
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:size]
+
+  return jax.tree.map(join, found)
 
 
 def check(clusters: Clusters, rank: int) -> None:

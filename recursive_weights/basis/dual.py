@@ -4,6 +4,10 @@ For given coefficients the best basis is known, and what is left to minimise
 depends on the span of the coefficients alone. With N = E T questions nothing
 of size `R D` has to be factored, and the basis is formed once, at the end.
 
+Where the cosine counts, each step minimises a quadratic model of every row's
+loss with the same slope (`quadratic`), and is kept where the objective itself
+falls.
+
 Source: G. Golub and V. Pereyra, The differentiation of pseudo-inverses and
 nonlinear least squares problems whose variables separate, 1973.
 """
@@ -20,6 +24,7 @@ from recursive_weights.basis import subspace
 from recursive_weights.basis.clusters import Clusters, check
 from recursive_weights.basis.objective import (
   Objective,
+  cosine,
   einsum,
   total_weight,
 )
@@ -29,22 +34,41 @@ from recursive_weights.interfaces import Array, UserError
 class Rows(NamedTuple):
   """Questions as rows, each times the root of its weight.
 
-  inner_NN: `√w q · q' √w'`. a_NV: answers. member_N: whose they are.
-  spread: `M^(-1/2)`, M the penalty on members, `[E, E]` or a number; see `run`.
+  inner_NN: `√w q · q' √w'`. a_NV: answers. member_N: whose they are. weight_N:
+  w. spread: `M^(-1/2)`, M the penalty on members, `[E, E]` or a number; see
+  `run`. cosine: its share, None for 0.
   """
 
   inner_NN: Array
   a_NV: Array
   member_N: Array
+  weight_N: Array
   spread: Array
+  cosine: Array | None
+
+
+class Quadratic(NamedTuple):
+  """`Σ_n |scale_n y_n - target_n|²` in place of the rows' losses."""
+
+  scale_N: Array
+  target_NV: Array
+
+
+class Reduced(NamedTuple):
+  """What `reduced` finds; y_NV: predictions, times the roots of weights."""
+
+  objective: Array
+  gradient_ER: Array
+  z_NV: Array
+  y_NV: Array
 
 
 class State(NamedTuple):
   """Where a fit stands; `span_ER` has orthonormal columns, `QᵀQ = I`."""
 
   span_ER: Array
-  objective: Array
-  gradient_ER: Array
+  model: Quadratic | None
+  found: Reduced
   optimizer: optax.OptState
   step: Array
 
@@ -63,11 +87,34 @@ def rows(objective: Objective, clusters: Clusters) -> Rows:
     einsum('nd,md->nm', q_ND, q_ND),
     (root_ET1 * clusters.a_ETV).reshape(members * questions, -1),
     jnp.repeat(jnp.arange(members), questions),
+    clusters.weight_ET.reshape(-1),
     spread,
+    jnp.asarray(objective.cosine) if objective.cosine else None,
   )
 
 
-def reduced(table: Rows, span_ER: Array) -> tuple[Array, Array, Array]:
+def quadratic(table: Rows, y_NV: Array) -> Quadratic:
+  """A model of the rows' losses with their slope g at y.
+
+    f_n(x) ~ ω_n |x - t_n|²,  t_n = y_n - g_n / (2 ω_n),
+    f_n(y) = (1 - λ) |y - √w a|² + λ w (1 - cos(y, a)),
+    ω_n = (1 - λ) + 1.25 λ w / (2 |y_n|²)
+
+  The cosine bends by at most `1.155 w / |y|²` (where it is 1/2), so close to y
+  the model is no lower than the loss.
+  """
+  slope_NV = jax.grad(lambda y_NV: jnp.sum(_losses(table, y_NV)))(y_NV)
+  square_N = jnp.maximum(jnp.sum(y_NV**2, -1), 1e-6)
+  bend_N = (1 - table.cosine) + 0.625 * table.cosine * table.weight_N / square_N
+  bend_N = jnp.maximum(bend_N, 1e-6)
+  scale_N = jnp.sqrt(bend_N)
+  target_NV = y_NV - slope_NV / (2 * bend_N[:, None])
+  return Quadratic(scale_N, scale_N[:, None] * target_NV)
+
+
+def reduced(
+  table: Rows, span_ER: Array, model: Quadratic | None = None
+) -> Reduced:
   """The least objective that any basis reaches, its slope, and the rows' duals.
 
     f(Q) = min_G Σ w |q W_i - a|² + |G|² = tr Aᵀ Z,  C = M^(-1/2) Q,
@@ -76,20 +123,35 @@ def reduced(table: Rows, span_ER: Array) -> tuple[Array, Array, Array]:
 
   for orthonormal columns Q. Time `N³ / 3 + 4 N² V`.
 
+  Args:
+    model: what the basis minimises instead of the squared error; the objective
+      is then that of the rows' losses.
+
   Returns:
-    f, its gradient along the spans `[E, R]`, Z `[N, V]`.
+    f, its gradient along the spans `[E, R]`, Z and predictions `[N, V]`.
   """
+  inner_NN, target_NV = table.inner_NN, table.a_NV
+  if model is not None:
+    scale_N, target_NV = model
+    inner_NN = scale_N[:, None] * inner_NN * scale_N[None]
   c_ER = _spread(table, span_ER)
   c_NR = c_ER[table.member_N]
-  system_NN = einsum('nr,mr->nm', c_NR, c_NR) * table.inner_NN
-  z_NV = _solve(system_NN, table.a_NV)
-  weighed_NN = einsum('nv,mv->nm', z_NV, z_NV) * table.inner_NN
+  system_NN = einsum('nr,mr->nm', c_NR, c_NR) * inner_NN
+  z_NV = _solve(system_NN, target_NV)
+  y_NV = target_NV - z_NV
+  if model is None:
+    value = jnp.sum(target_NV * z_NV)
+  else:
+    penalty = jnp.sum(z_NV * y_NV)
+    y_NV = y_NV / scale_N[:, None]
+    value = jnp.sum(_losses(table, y_NV)) + penalty
+  weighed_NN = einsum('nv,mv->nm', z_NV, z_NV) * inner_NN
   slope_NR = einsum('nm,mr->nr', weighed_NN, c_NR)
   slope_ER = jax.ops.segment_sum(slope_NR, table.member_N, c_ER.shape[0])
   slope_ER = _spread(table, slope_ER)
   within_RR = einsum('er,es->rs', span_ER, slope_ER)
   slope_ER -= einsum('er,rs->es', span_ER, within_RR)
-  return jnp.sum(table.a_NV * z_NV), -2 * slope_ER, z_NV
+  return Reduced(value, -2 * slope_ER, z_NV, y_NV)
 
 
 def initial(table: Rows, members: int, rank: int, ridge: float) -> Array:
@@ -108,11 +170,13 @@ def initial(table: Rows, members: int, rank: int, ridge: float) -> Array:
 def step(table: Rows, state: State, halvings: int = 8) -> State:
   """One step of L-BFGS along the spans; the objective never rises."""
   optimizer = _optimizer()
+  gradient_ER = state.found.gradient_ER
   change_ER, memory = optimizer.update(
-    state.gradient_ER, state.optimizer, state.span_ER
+    gradient_ER, state.optimizer, state.span_ER
   )
-  falls = jnp.sum(change_ER * state.gradient_ER) < 0
-  change_ER = jnp.where(falls, change_ER, -state.gradient_ER)
+  falls = jnp.sum(change_ER * gradient_ER) < 0
+  change_ER = jnp.where(falls, change_ER, -gradient_ER)
+  model = _model(table, state.found)
 
   def attempt(length):
     span_ER = jnp.linalg.qr(state.span_ER + length * change_ER)[0]
@@ -120,38 +184,34 @@ def step(table: Rows, state: State, halvings: int = 8) -> State:
     cross_RR = einsum('er,es->rs', span_ER, state.span_ER)
     left_RR, _, right_RR = jnp.linalg.svd(cross_RR)
     span_ER = einsum('er,rs,st->et', span_ER, left_RR, right_RR)
-    value, gradient_ER, _ = reduced(table, span_ER)
-    return span_ER, value, gradient_ER
+    return span_ER, reduced(table, span_ER, model)
 
   def going(carry):
-    j, (_, value, _) = carry
-    return (j < halvings) & ~(value <= state.objective)
+    j, (_, found) = carry
+    return (j < halvings) & ~(found.objective <= state.found.objective)
 
   def body(carry):
     j, _ = carry
     return j + 1, attempt(0.25 ** (j + 1.0))
 
-  _, found = jax.lax.while_loop(going, body, (0, attempt(1.0)))
-  better = found[1] <= state.objective
-
-  def choose(new, old):
-    return jnp.where(better, new, old)
-
-  return State(
-    choose(found[0], state.span_ER),
-    choose(found[1], state.objective),
-    choose(found[2], state.gradient_ER),
-    # What the optimizer remembers has led nowhere.
-    jax.tree.map(choose, memory, optimizer.init(state.span_ER)),
-    state.step + 1,
+  _, (span_ER, found) = jax.lax.while_loop(going, body, (0, attempt(1.0)))
+  new = State(span_ER, model, found, memory, state.step + 1)
+  # What the optimizer remembers has led nowhere.
+  old = state._replace(
+    optimizer=optimizer.init(state.span_ER), step=state.step + 1
   )
+  better = found.objective <= state.found.objective
+  return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
 
 
 def begin(table: Rows, span_ER: Array) -> State:
   """The state before the first step."""
-  value, gradient_ER, _ = reduced(table, span_ER)
+  found, model = reduced(table, span_ER), None
+  if table.cosine is not None:  # from where the squared error leads
+    model = _model(table, found)
+    found = reduced(table, span_ER, model)
   memory = _optimizer().init(span_ER)
-  return State(span_ER, value, gradient_ER, memory, jnp.zeros((), int))
+  return State(span_ER, model, found, memory, jnp.zeros((), int))
 
 
 def run(
@@ -163,17 +223,18 @@ def run(
   warm_ridge: float = 0.0,
   warm_steps: int = 30,
 ) -> tuple[Array, Array, Array]:
-  """The basis of least squares, by steps that cost `N³ / 3 + 4 N² V` each.
+  """Coefficients and basis, by steps that cost `N³ / 3 + 4 N² V` each.
 
   Minimises `objective.value`, whose minima those of the alternating fit are.
   The penalty is `tr M C Gram(G) Cᵀ` with `M = ridge I + 2 similarity L`: where
   answers couple members, one without questions gets what its neighbours have.
 
   Args:
-    objective: with a ridge, without cosine and sparsity.
+    objective: with a ridge, without sparsity.
     clusters: N = E T rows, padding included; memory `N²`.
     rank: R.
-    steps: of L-BFGS.
+    steps: of L-BFGS; where the cosine counts, after as many of the squared
+      error alone.
     warm_ridge: with which to begin where it is larger than the objective's: it
       takes away minima that interpolate where questions hardly suffice.
     warm_steps: steps with it.
@@ -186,32 +247,39 @@ def run(
     UserError: the rank does not fit, or another objective.
   """
   check(clusters, rank)
-  if objective.cosine or objective.sparsity or objective.ridge <= 0:
+  if objective.sparsity or objective.ridge <= 0:
     raise UserError(
-      'a fit through rows needs ridge > 0, cosine and sparsity 0, got '
-      f'{objective.ridge}, {objective.cosine} and {objective.sparsity}'
+      'a fit through rows needs ridge > 0 and sparsity 0, got '
+      f'{objective.ridge} and {objective.sparsity}'
     )
   members = clusters.weight_ET.shape[0]
   table = rows(objective, clusters)
   span_ER = initial(table, members, rank, max(objective.ridge, 1.0))
 
   if warm_ridge > objective.ridge:
-    warm = rows(objective._replace(ridge=warm_ridge), clusters)
+    square = objective._replace(cosine=0.0, ridge=warm_ridge)
+    warm = rows(square, clusters)
     span_ER = _descend(warm, span_ER, warm_steps)[0].span_ER
+  if objective.cosine:
+    # Short predictions bend the angle so much that steps are short too.
+    square = rows(objective._replace(cosine=0.0), clusters)
+    span_ER = _descend(square, span_ER, steps)[0].span_ER
   state, values_S = _descend(table, span_ER, steps)
-  c_ER, basis_RDV = primal(clusters, table, state.span_ER)
+  c_ER, basis_RDV = primal(clusters, table, state)
   return c_ER, basis_RDV, values_S / total_weight(clusters)
 
 
 def primal(
-  clusters: Clusters, table: Rows, span_ER: Array
+  clusters: Clusters, table: Rows, state: State
 ) -> tuple[Array, Array]:
   """Coefficients and orthonormal basis of the W_i that duals stand for.
 
   G_k = Σ_n c_i(n)k √w qᵀ z_n
   """
-  c_ER = _spread(table, span_ER)
-  _, _, z_NV = reduced(table, span_ER)
+  c_ER = _spread(table, state.span_ER)
+  z_NV = state.found.z_NV
+  if state.model is not None:
+    z_NV = state.model.scale_N[:, None] * z_NV
   z_ETV = z_NV.reshape(*clusters.weight_ET.shape, -1)
   z_ETV = jnp.sqrt(clusters.weight_ET)[..., None] * z_ETV
   mixed_ETRV = einsum('er,etv->etrv', c_ER, z_ETV)
@@ -225,9 +293,20 @@ def primal(
 def _descend(table, span_ER, steps):
   def body(state, _):
     state = step(table, state)
-    return state, state.objective
+    return state, state.found.objective
 
   return jax.lax.scan(body, begin(table, span_ER), length=steps)
+
+
+def _model(table, found):
+  return None if table.cosine is None else quadratic(table, found.y_NV)
+
+
+def _losses(table, y_NV):
+  """`(1 - λ) |y - √w a|² + λ w (1 - cos(y, a))` of each row, `[N]`."""
+  square_N = jnp.sum((y_NV - table.a_NV) ** 2, -1)
+  angle_N = table.weight_N * (1 - cosine(y_NV, table.a_NV))
+  return (1 - table.cosine) * square_N + table.cosine * angle_N
 
 
 def _spread(table, x_ER):

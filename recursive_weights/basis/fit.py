@@ -1,6 +1,5 @@
 """Coefficients and basis in turn: recursion over optimisation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +11,8 @@ from recursive_weights.basis import lagrangian, solve, subspace
 from recursive_weights.basis.clusters import Clusters, check
 from recursive_weights.basis.objective import (
   Objective,
-  gradients,
-  value,
+  basis_slope,
+  value_at,
 )
 from recursive_weights.interfaces import Array, Metrics, UserError
 
@@ -21,14 +20,26 @@ Solver = Literal['auto', 'direct', 'dual', 'cg', 'gradient']
 
 
 class State(NamedTuple):
-  """Where a fit stands: all that a checkpoint needs."""
+  """Where a fit stands: all that a checkpoint needs.
+
+  slope_RDV: ∂L/∂G of the smooth terms.
+  """
 
   coefficients_ER: Array
   basis_RDV: Array
+  slope_RDV: Array
   objective: Array
   tangent: Array
   optimizer: Any
   step: Array
+
+
+class _Point(NamedTuple):
+  """Coefficients solved for at a basis; see `solve.Solved`."""
+
+  solved: solve.Solved
+  basis_RDV: Array
+  objective: Array
 
 
 class Fit(NamedTuple):
@@ -113,9 +124,38 @@ def make(
   if optimizer is None:
     optimizer = optax.chain(optax.scale_by_lbfgs(), optax.scale(-1.0))
   sweeps = sweeps if objective.cosine else 1
-  resolve = functools.partial(
-    solve.coefficients, objective, sweeps=sweeps, iterations=iterations
-  )
+
+  def resolve(clusters, c_ER, basis_RDV):
+    solved = solve.solved(
+      objective,
+      clusters,
+      c_ER,
+      basis_RDV,
+      sweeps=sweeps,
+      iterations=iterations,
+    )
+    c_ER, p_ETV, _ = solved
+    gram_RR = subspace.inner(basis_RDV, basis_RDV)
+    reached = value_at(objective, clusters, p_ETV, c_ER, gram_RR)
+    return _Point(solved, basis_RDV, reached)
+
+  def settle(clusters, point, optimizer, step):
+    """The state at a point."""
+    c_ER, p_ETV, slope_ER = point.solved
+    basis_RDV = point.basis_RDV
+    slope_RDV = basis_slope(objective, clusters, p_ETV, c_ER, basis_RDV)
+    found = lagrangian.multipliers(
+      objective,
+      clusters,
+      c_ER,
+      basis_RDV,
+      orthonormal=bool(orthonormalise_every),
+      slopes=(slope_ER, slope_RDV),
+    )
+    tangent = lagrangian.tangent(objective, clusters, c_ER, found)
+    return State(
+      c_ER, basis_RDV, slope_RDV, point.objective, tangent, optimizer, step
+    )
 
   def init(clusters, basis_RDV):
     check(clusters, basis_RDV.shape[0])
@@ -129,13 +169,9 @@ def make(
     c_ER = solve.coefficients(
       square, clusters, zero_ER, basis_RDV, iterations=iterations
     )
-    if objective.cosine or objective.sparsity:
-      c_ER = resolve(clusters, c_ER, basis_RDV)
-    return State(
-      c_ER,
-      basis_RDV,
-      value(objective, clusters, c_ER, basis_RDV),
-      jnp.asarray(jnp.inf),
+    return settle(
+      clusters,
+      resolve(clusters, c_ER, basis_RDV),
       optimizer.init(basis_RDV) if solver == 'gradient' else (),
       jnp.zeros((), jnp.int32),
     )
@@ -145,12 +181,10 @@ def make(
     rank, width, _ = basis_RDV.shape
     if solver == 'gradient':
       # At the solved coefficients this is the gradient of their minimum.
-      gradient_RDV = gradients(objective, clusters, c_ER, basis_RDV)[1]
-      change_RDV, new = optimizer.update(
-        gradient_RDV, state.optimizer, basis_RDV
-      )
-      falls = jnp.sum(change_RDV * gradient_RDV) < 0
-      return jnp.where(falls, change_RDV, -gradient_RDV), new
+      slope_RDV = state.slope_RDV
+      change_RDV, new = optimizer.update(slope_RDV, state.optimizer, basis_RDV)
+      falls = jnp.sum(change_RDV * slope_RDV) < 0
+      return jnp.where(falls, change_RDV, -slope_RDV), new
     questions = clusters.weight_ET.size
     few = 2 * questions < rank * width and questions <= direct_limit
     if solver == 'dual' or (solver == 'auto' and few and objective.ridge):
@@ -172,22 +206,20 @@ def make(
       )
       # Start where the change of basis alone leaves the members' weights.
       back_RR = subspace.inner(state.basis_RDV, basis_RDV)
-      c_ER = state.coefficients_ER @ back_RR
-      c_ER = resolve(clusters, c_ER, basis_RDV)
-      return c_ER, basis_RDV, value(objective, clusters, c_ER, basis_RDV)
+      return resolve(clusters, state.coefficients_ER @ back_RR, basis_RDV)
 
     def going(carry):
-      j, (_, _, found) = carry
-      return (j <= halvings) & ~(found <= state.objective)
+      j, point = carry
+      return (j <= halvings) & ~(point.objective <= state.objective)
 
     def body(carry):
       j, _ = carry
       return j + 1, attempt(0.5 ** (j + 1.0))
 
-    j, found = jax.lax.while_loop(
+    j, point = jax.lax.while_loop(
       going, body, (jnp.zeros((), jnp.int32), attempt(1.0))
     )
-    return _better(state, found), jnp.where(j <= halvings, 0.5**j, 0.0)
+    return point, jnp.where(j <= halvings, 0.5**j, 0.0)
 
   def refresh(clusters, state):
     """Puts the leading direction of the gradients where least is used."""
@@ -196,16 +228,15 @@ def make(
     basis_RDV = subspace.normalise(state.basis_RDV.at[weakest].set(fresh_DV))
     if orthonormalise_every:
       basis_RDV = subspace.orthonormalise(basis_RDV)
-    c_ER = resolve(clusters, state.coefficients_ER, basis_RDV)
-    found = c_ER, basis_RDV, value(objective, clusters, c_ER, basis_RDV)
-    return _better(state, found)
+    point = resolve(clusters, state.coefficients_ER, basis_RDV)
+    return _better(state, settle(clusters, point, state.optimizer, state.step))
 
   def step(clusters, state):
     change_RDV, new = propose(clusters, state)
     due = jnp.asarray(False)
     if orthonormalise_every:
       due = (state.step + 1) % orthonormalise_every == 0
-    state, length = descend(clusters, state, change_RDV, due)
+    point, length = descend(clusters, state, change_RDV, due)
     if solver == 'gradient':
       # What the optimizer remembers has led nowhere.
       fresh = optimizer.init(state.basis_RDV)
@@ -214,6 +245,8 @@ def make(
         new,
         fresh,
       )
+    state = _better(state, settle(clusters, point, new, state.step))
+    state = state._replace(optimizer=new)
     if refresh_every:
       state = jax.lax.cond(
         (state.step + 1) % refresh_every == 0,
@@ -221,23 +254,8 @@ def make(
         lambda s: s,
         state,
       )
-    at = state.coefficients_ER, state.basis_RDV
-    found = lagrangian.multipliers(
-      objective, clusters, *at, orthonormal=bool(orthonormalise_every)
-    )
-    state = state._replace(
-      tangent=lagrangian.tangent(objective, clusters, at[0], found),
-      optimizer=new,
-      step=state.step + 1,
-    )
-    gram_RR = subspace.inner(state.basis_RDV, state.basis_RDV)
-    metrics = {
-      'objective': state.objective,
-      'tangent': state.tangent,
-      'length': length,
-      'rank': jnp.sum(jnp.linalg.eigvalsh(gram_RR) > 1e-3),
-    }
-    return state, metrics
+    state = state._replace(step=state.step + 1)
+    return state, _metrics(state, length)
 
   return Fit(init, step)
 
@@ -265,9 +283,8 @@ def run(
     )
     return (state, metrics), metrics
 
-  shapes = jax.eval_shape(fit.step, clusters, state)[1]
-  none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  (state, _), metrics = jax.lax.scan(body, (state, none), length=steps)
+  first = state, _metrics(state, jnp.zeros(()))
+  (state, _), metrics = jax.lax.scan(body, first, length=steps)
   return state, metrics
 
 
@@ -279,11 +296,17 @@ def _residual_direction(objective, clusters, state):
   return subspace.leading(clusters.q_ETD, slope_ETV, 1, key, passes=5)[0]
 
 
+def _metrics(state, length):
+  gram_RR = subspace.inner(state.basis_RDV, state.basis_RDV)
+  return {
+    'objective': state.objective,
+    'tangent': state.tangent,
+    'length': length,
+    'rank': jnp.sum(jnp.linalg.eigvalsh(gram_RR) > 1e-3),
+  }
+
+
 def _better(state, found):
-  c_ER, basis_RDV, reached = found
-  better = reached <= state.objective
-  return state._replace(
-    coefficients_ER=jnp.where(better, c_ER, state.coefficients_ER),
-    basis_RDV=jnp.where(better, basis_RDV, state.basis_RDV),
-    objective=jnp.where(better, reached, state.objective),
-  )
+  """`found` where its objective is no higher, else `state`."""
+  better = found.objective <= state.objective
+  return jax.tree.map(lambda a, b: jnp.where(better, a, b), found, state)

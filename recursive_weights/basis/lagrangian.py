@@ -2,16 +2,15 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from recursive_weights.basis.clusters import Clusters
 from recursive_weights.basis.objective import (
   Objective,
+  answer_slope,
   einsum,
   gradients,
   predict,
-  rows,
   scale,
   total_weight,
 )
@@ -34,6 +33,7 @@ def multipliers(
   basis_RDV: Array,
   *,
   orthonormal: bool = True,
+  slopes: tuple[Array, Array] | None = None,
 ) -> Multipliers:
   """Stationarity of the Lagrangian of a basis with constraints.
 
@@ -49,9 +49,15 @@ def multipliers(
   choice `-sym <∂L/∂G_j, G_k>`. The first line is all that the proposal tests;
   it holds after every solve for coefficients, at any basis. Without sparsity
   the constraints choose among equals, and ν = ρ = 0 where the first line holds.
+
+  Args:
+    orthonormal: bases are orthogonal, not only of norm 1.
+    slopes: `gradients` of the objective there; None to find them.
   """
   c_ER = coefficients_ER
-  tangent_ER, gradient_RDV = gradients(objective, clusters, c_ER, basis_RDV)
+  if slopes is None:
+    slopes = gradients(objective, clusters, c_ER, basis_RDV)
+  tangent_ER, gradient_RDV = slopes
   limit = objective.sparsity / total_weight(clusters)
   # At 0 the absolute value takes up any slope within its own.
   idle_ER = jnp.sign(tangent_ER) * jnp.maximum(jnp.abs(tangent_ER) - limit, 0)
@@ -92,11 +98,7 @@ def slope(
 ) -> Array:
   """Derivative of the data's terms by what is predicted, `[E, T, V]`."""
   p_ETV = predict(clusters.q_ETD, coefficients_ER, basis_RDV)
-
-  def data(p_ETV):
-    return jnp.sum(clusters.weight_ET * rows(objective, p_ETV, clusters.a_ETV))
-
-  return jax.grad(data)(p_ETV)
+  return answer_slope(objective, clusters, p_ETV)
 
 
 def tangent(

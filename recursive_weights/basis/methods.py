@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import optax
 
 from recursive_weights.basis import baselines, dual, routing, solve
-from recursive_weights.basis import fit as fit_lib
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.basis.clusters import Clusters
 from recursive_weights.basis.objective import einsum
@@ -74,8 +73,7 @@ def basis(
 ) -> Array:
   """Weights of the shared basis, `[E, D, V]`.
 
-  Least squares through rows (`dual.run`) with `steps` steps; where the cosine
-  counts, gradient steps of `fit` from there. A rank above the number of
+  Through rows (`dual.run`) with `steps` steps. A rank above the number of
   members is that number.
   """
   coupled: dict[str, Any] = {}
@@ -84,15 +82,11 @@ def basis(
       'similarity': similarity,
       'similarity_EE': answer_graph(a_EV),
     }
-  objective = objective_lib.make(ridge=ridge, **coupled)
+  objective = objective_lib.make(ridge=ridge, cosine=cosine, **coupled)
   rank = min(rank, len(a_EV))
   c_ER, basis_RDV, _ = dual.run(
     objective, clusters, rank, steps=steps, warm_ridge=1.0, warm_steps=steps
   )
-  if cosine:
-    fit = fit_lib.make(objective._replace(cosine=cosine))
-    state = fit.init(clusters, basis_RDV)
-    c_ER, basis_RDV, *_ = fit_lib.run(fit, clusters, state, steps=steps)[0]
   return objective_lib.weights(c_ER, basis_RDV)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from recursive_weights.basis.clusters import Clusters
+from recursive_weights.basis.clusters import Clusters, by_block
 from recursive_weights.interfaces import Array, UserError
 
 # Accelerators multiply float32 in fewer bits unless told otherwise, and the
@@ -94,8 +94,13 @@ def weights(coefficients_ER: Array, basis_RDV: Array) -> Array:
 
 def predict(q_ETD: Array, coefficients_ER: Array, basis_RDV: Array) -> Array:
   """`q W_i`, `[E, T, V]`, without the members' weights in memory."""
-  mixed_ETRD = einsum('er,etd->etrd', coefficients_ER, q_ETD)
-  return einsum('etrd,rdv->etv', mixed_ETRD, basis_RDV)
+
+  def some(c_ER, q_ETD):
+    mixed_ETRD = einsum('er,etd->etrd', c_ER, q_ETD)
+    return einsum('etrd,rdv->etv', mixed_ETRD, basis_RDV)
+
+  each = basis_RDV.shape[0] * q_ETD.shape[1] * q_ETD.shape[2]
+  return by_block(some, each, coefficients_ER, q_ETD)
 
 
 def cosine(p: Array, a: Array) -> Array:
@@ -123,11 +128,9 @@ def smooth(
 ) -> Array:
   """`value` without the term of sparsity: what autodiff differentiates."""
   p_ETV = predict(clusters.q_ETD, coefficients_ER, basis_RDV)
-  data = jnp.sum(clusters.weight_ET * rows(objective, p_ETV, clusters.a_ETV))
-  coupled_RR = coupling(objective, coefficients_ER)
   gram_RR = einsum('rdv,sdv->rs', basis_RDV, basis_RDV)
-  penalty = jnp.sum(coupled_RR * gram_RR)
-  return (data + penalty) / total_weight(clusters)
+  free = objective._replace(sparsity=0.0)
+  return value_at(free, clusters, p_ETV, coefficients_ER, gram_RR)
 
 
 def value(
@@ -149,10 +152,24 @@ def value(
   Source: UnifyWeaver, Smoothing Basis, 2025, whose code took the mean of the
   square over V in the loss but not in the gradient, and one norm for all rows.
   """
-  absolute = objective.sparsity * jnp.sum(jnp.abs(coefficients_ER))
-  return smooth(
-    objective, clusters, coefficients_ER, basis_RDV
-  ) + absolute / total_weight(clusters)
+  p_ETV = predict(clusters.q_ETD, coefficients_ER, basis_RDV)
+  gram_RR = einsum('rdv,sdv->rs', basis_RDV, basis_RDV)
+  return value_at(objective, clusters, p_ETV, coefficients_ER, gram_RR)
+
+
+def value_at(
+  objective: Objective,
+  clusters: Clusters,
+  p_ETV: Array,
+  coefficients_ER: Array,
+  gram_RR: Array,
+) -> Array:
+  """`value` where predictions and the bases' inner products are known."""
+  found = jnp.sum(clusters.weight_ET * rows(objective, p_ETV, clusters.a_ETV))
+  found += jnp.sum(coupling(objective, coefficients_ER) * gram_RR)
+  if objective.sparsity:
+    found += objective.sparsity * jnp.sum(jnp.abs(coefficients_ER))
+  return found / total_weight(clusters)
 
 
 def coupling(objective: Objective, coefficients_ER: Array) -> Array:
@@ -176,6 +193,34 @@ def scale(objective: Objective, clusters: Clusters) -> Array:
 
 # `(objective, clusters, coefficients_ER, basis_RDV) -> (∂L/∂C, ∂L/∂G)`.
 gradients = jax.grad(smooth, argnums=(2, 3))
+
+
+def answer_slope(
+  objective: Objective, clusters: Clusters, p_ETV: Array
+) -> Array:
+  """Derivative of the data's terms by what is predicted, `[E, T, V]`."""
+
+  def data(p_ETV):
+    return jnp.sum(clusters.weight_ET * rows(objective, p_ETV, clusters.a_ETV))
+
+  return jax.grad(data)(p_ETV)
+
+
+def basis_slope(
+  objective: Objective,
+  clusters: Clusters,
+  p_ETV: Array,
+  coefficients_ER: Array,
+  basis_RDV: Array,
+) -> Array:
+  """`∂L/∂G` of `smooth` where predictions are known, `[R, D, V]`."""
+  c_ER = coefficients_ER
+  back = jax.linear_transpose(
+    lambda g_RDV: predict(clusters.q_ETD, c_ER, g_RDV), basis_RDV
+  )
+  (data_RDV,) = back(answer_slope(objective, clusters, p_ETV))
+  pull_RDV = 2 * einsum('rs,sdv->rdv', coupling(objective, c_ER), basis_RDV)
+  return (data_RDV + pull_RDV) / total_weight(clusters)
 
 
 def total_weight(clusters: Clusters) -> Array:

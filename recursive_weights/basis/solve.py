@@ -1,6 +1,7 @@
 """One half of the fit while the other is held: coefficients, or basis."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,15 @@ import optax
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.scipy.sparse.linalg import cg
 
-from recursive_weights.basis.clusters import Clusters
+from recursive_weights.basis.clusters import Clusters, blocks, by_block
 from recursive_weights.basis.objective import (
   Objective,
+  answer_slope,
   coupling,
   einsum,
   gradients,
-  predict,
   rows,
+  smooth,
   total_weight,
 )
 from recursive_weights.basis.subspace import inner
@@ -25,6 +27,14 @@ from recursive_weights.interfaces import Array
 # data do not tell are left where they are.
 _DAMP = 1e-6
 _TINY = 1e-20
+
+
+class Solved(NamedTuple):
+  """Coefficients, what they predict, and `∂L/∂C` of `smooth` there."""
+
+  coefficients_ER: Array
+  predicted_ETV: Array
+  slope_ER: Array
 
 
 def coefficients(
@@ -49,19 +59,57 @@ def coefficients(
     sweeps: Gauss-Newton steps; more than one matters where the cosine counts.
     iterations: of conjugate or proximal gradients.
   """
+  return solved(
+    objective,
+    clusters,
+    coefficients_ER,
+    basis_RDV,
+    sweeps=sweeps,
+    iterations=iterations,
+  ).coefficients_ER
+
+
+def solved(
+  objective: Objective,
+  clusters: Clusters,
+  coefficients_ER: Array,
+  basis_RDV: Array,
+  *,
+  sweeps: int = 1,
+  iterations: int = 100,
+) -> Solved:
+  """`coefficients`, with what they predict and the slope that is left.
+
+  All of it from one product of questions and bases, time `E T R D V`.
+  """
   gram_RR = inner(basis_RDV, basis_RDV)
 
-  def sweep(_, c_ER):
-    step_ER = _direction(
-      objective, clusters, c_ER, basis_RDV, gram_RR, iterations
-    )
-    if objective.cosine == 0:
-      return c_ER + step_ER
-    return _shorten(objective, clusters, c_ER, step_ER, basis_RDV, gram_RR)
+  def some(c_ER, clusters):
+    seen_ETRV = einsum('etd,rdv->etrv', clusters.q_ETD, basis_RDV)
 
-  if sweeps == 1:
-    return sweep(0, coefficients_ER)
-  return jax.lax.fori_loop(0, sweeps, sweep, coefficients_ER)
+    def sweep(_, c_ER):
+      slope_ER = _slope(objective, clusters, c_ER, seen_ETRV, gram_RR)[1]
+      curve_ERR = _curvature(objective, clusters, c_ER, seen_ETRV, gram_RR)
+      step_ER = _direction(
+        objective, c_ER, slope_ER, curve_ERR, gram_RR, iterations
+      )
+      if objective.cosine == 0:
+        return c_ER + step_ER
+      return _shorten(objective, clusters, c_ER, step_ER, seen_ETRV, gram_RR)
+
+    if sweeps == 1:
+      c_ER = sweep(0, c_ER)
+    else:
+      c_ER = jax.lax.fori_loop(0, sweeps, sweep, c_ER)
+    return Solved(c_ER, *_slope(objective, clusters, c_ER, seen_ETRV, gram_RR))
+
+  if objective.graph_EE is None:
+    rank, _, values = basis_RDV.shape
+    each = rank * clusters.weight_ET.shape[1] * values
+    found = by_block(some, each, coefficients_ER, clusters)
+  else:  # couples all members, and is as large as their number squared
+    found = some(coefficients_ER, clusters)
+  return found._replace(slope_ER=found.slope_ER / total_weight(clusters))
 
 
 def basis_direct(
@@ -74,14 +122,24 @@ def basis_direct(
 
     (Σ_it w c_i c_iᵀ ⊗ qᵀ q + Cᵀ(ridge I + 2 similarity L)C ⊗ I) ΔG = -½ ∂L/∂G
 
-  by Cholesky: memory `(R D)²`, time `E T (R D)² + (R D)³ / 3`. Exact where
+  by Cholesky: memory `2 (R D)²`, time `E T (R D)² + (R D)³ / 3`. Exact where
   `objective.cosine` is 0. Solved for the change, not for G, so that what the
   data do not tell stays as it was, and rounding is corrected at the next step.
   """
   c_ER, (q_ETD, _, weight_ET) = coefficients_ER, clusters
   rank, width, values = basis_RDV.shape
-  mixed_ETRD = einsum('er,etd->etrd', c_ER, q_ETD)
-  system = einsum('etrd,et,etsf->rdsf', mixed_ETRD, weight_ET, mixed_ETRD)
+
+  def add(system, block):
+    c_ER, q_ETD, weight_ET = block
+    mixed_ETRD = einsum('er,etd->etrd', c_ER, q_ETD)
+    more = einsum('etrd,et,etsf->rdsf', mixed_ETRD, weight_ET, mixed_ETRD)
+    return system + more, None
+
+  system, _ = jax.lax.scan(
+    add,
+    jnp.zeros((rank, width, rank, width)),
+    blocks((c_ER, q_ETD, weight_ET), rank * weight_ET.shape[1] * width),
+  )
   # `[R, D, S, F]` += `[R, S] ⊗ I`.
   eye = jnp.eye(width)[None, :, None, :]
   system += coupling(objective, c_ER)[:, None, :, None] * eye
@@ -135,7 +193,7 @@ def basis_cg(
   iterations: int = 100,
   tolerance: float = 1e-6,
 ) -> Array:
-  """As `basis_direct`, matrix-free: memory `E T R D + R D V`.
+  """As `basis_direct`, matrix-free: memory `E T (D + V) + R D V`.
 
   Conjugate gradients on the Hessian of the objective, with the preconditioner
   `(Σ w c cᵀ) ⊗ (Σ w qᵀq / Σ w)`, exact where coefficients and questions are
@@ -144,9 +202,10 @@ def basis_cg(
   c_ER, (q_ETD, _, weight_ET) = coefficients_ER, clusters
   total = total_weight(clusters)
   damp = _damping(objective, clusters, c_ER)
-  gradient_RDV, curve = jax.linearize(
-    lambda g: gradients(objective, clusters, c_ER, g)[1], basis_RDV
-  )
+  slope = jax.grad(smooth, argnums=3)
+  gradient_RDV = slope(objective, clusters, c_ER, basis_RDV)
+  # Of a quadratic function without its linear part, so Hessian times x.
+  still = clusters._replace(a_ETV=jnp.zeros_like(clusters.a_ETV))
   left_RR = einsum('et,er,es->rs', weight_ET, c_ER, c_ER)
   right_DD = einsum('et,etd,etf->df', weight_ET, q_ETD, q_ETD) / total
   ridge = objective.ridge * c_ER.shape[0] / total
@@ -159,7 +218,7 @@ def basis_cg(
     return jax.vmap(lambda x_DV: cho_solve(right, x_DV))(x_RDV)
 
   return cg(
-    lambda x: 0.5 * total * curve(x) + damp * x,
+    lambda x: 0.5 * total * slope(objective, still, c_ER, x) + damp * x,
     -0.5 * total * gradient_RDV,
     tol=tolerance,
     maxiter=iterations,
@@ -193,11 +252,20 @@ def minimise(loss, params, arguments: tuple, steps: int):
   return jax.lax.scan(body, first, length=steps)[0][0]
 
 
-def _direction(objective, clusters, c_ER, basis_RDV, gram_RR, iterations):
+def _slope(objective, clusters, c_ER, seen_ETRV, gram_RR):
+  """What is predicted, and `∂/∂C` of `smooth` times the total weight."""
+  p_ETV = einsum('er,etrv->etv', c_ER, seen_ETRV)
+  slope_ETV = answer_slope(objective, clusters, p_ETV)
+  pull_ER = 2 * objective.ridge * c_ER
+  if objective.graph_EE is not None:
+    coupled_ER = einsum('ef,fr->er', objective.graph_EE, c_ER)
+    pull_ER += 4 * objective.similarity * coupled_ER
+  slope_ER = einsum('etrv,etv->er', seen_ETRV, slope_ETV)
+  return p_ETV, slope_ER + einsum('er,rs->es', pull_ER, gram_RR)
+
+
+def _direction(objective, c_ER, slope_ER, curve_ERR, gram_RR, iterations):
   """Minimiser of the quadratic model at `c_ER`, less `c_ER`."""
-  total = total_weight(clusters)
-  gradient_ER = gradients(objective, clusters, c_ER, basis_RDV)[0] * total
-  curve_ERR = _curvature(objective, clusters, c_ER, basis_RDV, gram_RR)
   factor = _factor(curve_ERR)
   graph_EE, pull = objective.graph_EE, 4 * objective.similarity
 
@@ -217,26 +285,25 @@ def _direction(objective, clusters, c_ER, basis_RDV, gram_RR, iterations):
     limit_E1 = rate_E1 * objective.sparsity
 
     def proximal(_, x_ER):
-      x_ER = x_ER - rate_E1 * (gradient_ER + curve(x_ER - c_ER))
+      x_ER = x_ER - rate_E1 * (slope_ER + curve(x_ER - c_ER))
       return jnp.sign(x_ER) * jnp.maximum(jnp.abs(x_ER) - limit_E1, 0)
 
     return jax.lax.fori_loop(0, iterations, proximal, c_ER) - c_ER
   if graph_EE is None:
-    return _batch_solve(factor, -gradient_ER)
+    return _batch_solve(factor, -slope_ER)
   degree_E11 = jnp.diagonal(graph_EE)[:, None, None]
   factor = _factor(curve_ERR + pull * degree_E11 * gram_RR[None])
   return cg(
     curve,
-    -gradient_ER,
+    -slope_ER,
     tol=1e-6,
     maxiter=iterations,
     M=lambda x_ER: _batch_solve(factor, x_ER),
   )[0]
 
 
-def _curvature(objective, clusters, c_ER, basis_RDV, gram_RR):
+def _curvature(objective, clusters, c_ER, seen_ETRV, gram_RR):
   """Gauss-Newton matrix of each member's coefficients, `[E, R, R]`."""
-  seen_ETRV = einsum('etd,rdv->etrv', clusters.q_ETD, basis_RDV)
   share, weight_ET = objective.cosine, clusters.weight_ET
   square_ET = 2 * (1 - share) * weight_ET
   curve_ERR = 2 * objective.ridge * gram_RR[None]
@@ -254,10 +321,10 @@ def _curvature(objective, clusters, c_ER, basis_RDV, gram_RR):
   )
 
 
-def _shorten(objective, clusters, c_ER, step_ER, basis_RDV, gram_RR):
+def _shorten(objective, clusters, c_ER, step_ER, seen_ETRV, gram_RR):
   """The best of the steps `2^-j`, j = 0..9, and none; by member if free."""
-  p_ETV = predict(clusters.q_ETD, c_ER, basis_RDV)
-  change_ETV = predict(clusters.q_ETD, step_ER, basis_RDV)
+  p_ETV = einsum('er,etrv->etv', c_ER, seen_ETRV)
+  change_ETV = einsum('er,etrv->etv', step_ER, seen_ETRV)
 
   def judge(length):
     x_ER = c_ER + length * step_ER

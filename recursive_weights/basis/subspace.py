@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from recursive_weights.basis.clusters import by_block
 from recursive_weights.basis.objective import einsum
 from recursive_weights.interfaces import Array
 
@@ -63,15 +64,17 @@ def leading(
   start_RDV = jax.random.normal(key, (wide, q_ETD.shape[2], z_ETV.shape[2]))
 
   def scores(x_RDV):
-    seen_ERTV = einsum('etd,rdv->ertv', q_ETD, x_RDV)
-    return einsum('ertv,etv->er', seen_ERTV, z_ETV)
+    def some(q_ETD, z_ETV):
+      seen_ERTV = einsum('etd,rdv->ertv', q_ETD, x_RDV)
+      return einsum('ertv,etv->er', seen_ERTV, z_ETV)
 
-  def images(c_ER):
-    mixed_ETRV = einsum('er,etv->etrv', c_ER, z_ETV)
-    return einsum('etd,etrv->rdv', q_ETD, mixed_ETRV)
+    each = wide * z_ETV.shape[1] * z_ETV.shape[2]
+    return by_block(some, each, q_ETD, z_ETV)
+
+  images = jax.linear_transpose(scores, start_RDV)
 
   def body(_, x_RDV):
-    return _qr(images(scores(x_RDV)))
+    return _qr(images(scores(x_RDV))[0])
 
   x_RDV = jax.lax.fori_loop(0, passes, body, _qr(start_RDV))
   c_ER = scores(x_RDV)

@@ -2,12 +2,14 @@
 
   python -m recursive_weights.benchmarks.basis
 
-prints one JSON line a case: seconds of an iteration (wall and processor time),
-the squared error that as many iterations reach, seconds before the first one
+prints one JSON line a case: seconds of an iteration (median; wall and processor
+time) and of all of them, the loss that they reach, seconds before the first one
 (`setup_s`: the start, sums over questions, compiling), and on how many threads.
 `loops` is the algorithm as it was proposed, cluster by cluster, with the
 gradient of its loss corrected; `alternating` is `basis.fit`, `rows` is
-`basis.dual`. Data are planted.
+`basis.dual`. Data are planted. All stop at a loss of --target, `alternating`
+also where its tangent gradient is below --tolerance; its lines say how many
+bytes the data, the state and the temporaries of a step take.
 """
 
 import argparse
@@ -96,25 +98,23 @@ def gram_schmidt(basis):
   return found
 
 
-def error(pairs, coefficients, basis) -> float:
-  """Mean squared error of a question's answer."""
-  total, count = 0.0, 0
-  for c, (q, a) in zip(coefficients, pairs, strict=True):
-    w = sum(c[k] * basis[k] for k in range(len(basis)))
-    total += np.sum((q @ w - a) ** 2)
-    count += len(q)
-  return float(total / count)
+def predicted(pairs, coefficients, basis) -> np.ndarray:
+  """What the loops predict, `[E, T, V]`."""
+  found = []
+  for c, (q, _) in zip(coefficients, pairs, strict=True):
+    found.append(q @ sum(c[k] * basis[k] for k in range(len(basis))))
+  return np.stack(found)
 
 
 def loops(clusters, size):
-  """(seconds of the set-up, seconds by iteration, squared error)."""
+  """(seconds of the set-up, seconds by iteration, losses, more)."""
   q_ETD, a_ETV = (np.asarray(x) for x in clusters[:2])
   first_RDV = np.asarray(start(size))
   begun = clock()
   pairs = list(zip(q_ETD, a_ETV, strict=True))
   basis = gram_schmidt(list(first_RDV))
   setup = since(begun)[0]
-  times = []
+  times, losses = [], []
   for index in range(size.iterations):
     begun = clock()
     before = basis
@@ -122,7 +122,10 @@ def loops(clusters, size):
     if index % 10 == 9:
       basis = gram_schmidt(basis)
     times.append(since(begun))
-  return setup, times, error(pairs, found, before)
+    losses.append(loss(size, clusters, predicted(pairs, found, before)))
+    if losses[-1] <= size.target:
+      break
+  return setup, times, losses, {}
 
 
 def alternating(clusters, size):
@@ -132,43 +135,67 @@ def alternating(clusters, size):
     objective_lib.make(ridge=size.ridge, cosine=size.cosine),
     sweeps=1,
     solver=size.solver,
+    direct_limit=size.direct_limit,
   )
   state = jax.jit(fit.init)(clusters, first_RDV)
   step = jax.jit(fit.step).lower(clusters, state).compile()
-  jax.block_until_ready(state)
+  if size.iterations:  # the first call is slower
+    jax.block_until_ready(step(clusters, state))
   setup = since(begun)[0]
-  times = []
+  times, losses = [], []
   for _ in range(size.iterations):
     begun = clock()
     state, _ = jax.block_until_ready(step(clusters, state))
     times.append(since(begun))
-  reached = squared(clusters, state.coefficients_ER, state.basis_RDV)
-  return setup, times, reached
+    p_ETV = objective_lib.predict(
+      clusters.q_ETD, state.coefficients_ER, state.basis_RDV
+    )
+    losses.append(loss(size, clusters, p_ETV))
+    if state.tangent <= size.tolerance or losses[-1] <= size.target:
+      break
+  memory = step.memory_analysis()
+  more = {
+    'objective': float(state.objective),
+    'tangent': float(state.tangent),
+    'data_bytes': sum(x.nbytes for x in clusters),
+    'state_bytes': sum(x.nbytes for x in jax.tree.leaves(state)),
+    'temporary_bytes': memory.temp_size_in_bytes if memory else None,
+  }
+  return setup, times, losses, more
 
 
 def rows(clusters, size):
   begun = clock()
-  objective = objective_lib.make(ridge=size.ridge)
+  objective = objective_lib.make(ridge=size.ridge, cosine=size.cosine)
   table = dual.rows(objective, clusters)
   span_ER = dual.initial(table, size.members, size.rank, max(size.ridge, 1.0))
-  state = dual.begin(table, span_ER)
-
-  @jax.jit
-  def run(state):
-    return jax.lax.scan(
-      lambda s, _: (dual.step(table, s), None), state, length=10
-    )[0]
-
-  compiled = run.lower(state).compile()
-  jax.block_until_ready(state)
+  plain = dual.rows(objective._replace(cosine=0.0), clusters)
+  # By the squared error alone first, see `dual.run`.
+  warm = size.warm if size.cosine else 0
+  phases = [(0, plain), (warm, table)] if warm else [(0, table)]
+  programs = {}
+  for first, of in phases:
+    begin = jax.jit(dual.begin).lower(of, span_ER).compile()
+    state = begin(of, span_ER)
+    step = jax.jit(dual.step).lower(of, state).compile()
+    jax.block_until_ready(step(of, state))  # the first call is slower
+    programs[first] = of, begin, step
   setup = since(begun)[0]
-  times = []
-  for _ in range(-(-size.iterations // 10)):
+  times, losses = [], []
+  for index in range(size.iterations):
     begun = clock()
-    state = jax.block_until_ready(compiled(state))
-    times.append(tuple(x / 10 for x in since(begun)))
-  found = dual.primal(clusters, table, state.span_ER)
-  return setup, times, squared(clusters, *found)
+    if index in programs:
+      of, begin, step = programs[index]
+      state = begin(of, state.span_ER if index else span_ER)
+    state = jax.block_until_ready(step(of, state))
+    times.append(since(begun))
+    p_ETV = state.found.y_NV.reshape(clusters.a_ETV.shape)  # weights are 1
+    losses.append(loss(size, clusters, p_ETV))
+    if losses[-1] <= size.target:
+      break
+  total = objective_lib.total_weight(clusters)
+  more = {'objective': float(state.found.objective / total)}
+  return setup, times, losses, more
 
 
 def start(size):
@@ -176,10 +203,11 @@ def start(size):
   return initial.random(jax.random.key(0), size.rank, size.width, size.width)
 
 
-def squared(clusters, c_ER, basis_RDV) -> float:
-  """Mean squared error of a question's answer."""
-  p_ETV = objective_lib.predict(clusters.q_ETD, c_ER, basis_RDV)
-  return float(jnp.mean(jnp.sum((p_ETV - clusters.a_ETV) ** 2, -1)))
+def loss(size, clusters, p_ETV) -> float:
+  """`(1 - λ) |p - a|² + λ (1 - cos(p, a))`, mean over questions."""
+  which = objective_lib.make(cosine=size.cosine, ridge=0.0)
+  row_ET = objective_lib.rows(which, jnp.asarray(p_ETV), clusters.a_ETV)
+  return float(jnp.mean(row_ET))
 
 
 def clock():
@@ -212,12 +240,18 @@ def main() -> None:
   parser.add_argument('--cosine', type=float, default=0.0)
   parser.add_argument('--rate', type=float, default=0.01, help='of the loops')
   parser.add_argument('--solver', default='auto', help='of alternating')
-  parser.add_argument('--iterations', type=int, default=20)
+  parser.add_argument(
+    '--iterations', type=int, default=20, help='0: compiles, for the bytes'
+  )
+  parser.add_argument('--warm', type=int, default=20, help='of rows')
+  parser.add_argument('--direct_limit', type=int, default=2048)
+  parser.add_argument('--tolerance', type=float, default=0.0)
+  parser.add_argument('--target', type=float, default=0.0, help='of the loss')
   size = parser.parse_args()
   clusters = problem(size)
   for name in size.algorithm:
-    setup, times, reached = globals()[name](clusters, size)
-    wall, processor = np.median(np.array(times), 0)
+    setup, times, losses, more = globals()[name](clusters, size)
+    wall, processor = np.median(np.array(times), 0) if times else (0, 0)
     line = {
       'algorithm': name,
       'members': size.members,
@@ -226,11 +260,13 @@ def main() -> None:
       'rank': size.rank,
       'cosine': size.cosine,
       'ridge': None if name == 'loops' else size.ridge,
-      'iterations': size.iterations,
+      'iterations': len(times),
       'setup_s': round(setup, 5),
       'iteration_s': round(float(wall), 5),
       'iteration_cpu_s': round(float(processor), 5),
-      'squared_error': reached,
+      'iterations_s': round(sum(wall for wall, _ in times), 4),
+      'loss': losses[-1] if losses else None,
+      **more,
       'device': jax.devices()[0].device_kind,
       'threads': threads(),
     }

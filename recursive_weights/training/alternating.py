@@ -98,7 +98,12 @@ def make(
         'coefficients': state.coefficients_ER,
         'basis': state.basis_RDV,
       },
-      opt_state=(state.objective, state.tangent, state.optimizer),
+      opt_state=(
+        state.slope_RDV,
+        state.objective,
+        state.tangent,
+        state.optimizer,
+      ),
       ema={},
       carry={},
       step=state.step,
@@ -116,13 +121,10 @@ def make(
 
   def step(state, batch):
     del batch
-    value, tangent, optimizer = state.opt_state
     inner = fit_lib.State(
       state.params['coefficients'],
       state.params['basis'],
-      value,
-      tangent,
-      optimizer,
+      *state.opt_state,
       state.step,
     )
     inner, found = fit.step(clusters, inner)

@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from recursive_weights.basis import baselines, initial, solve, subspace
 from recursive_weights.basis import clusters as clusters_lib
@@ -161,3 +162,39 @@ def test_initial_bases_are_orthonormal_for_every_choice():
   first_RDV = jnp.einsum('rtd,rtv->rdv', clusters.q_ETD[:R], clusters.a_ETV[:R])
   angles = subspace.cosines(found[2], first_RDV)
   np.testing.assert_allclose(angles, 1.0, atol=1e-4)
+
+
+@pytest.mark.parametrize('cosine', [0.0, 0.5])
+def test_members_in_blocks_are_members_at_once(monkeypatch, cosine):
+  clusters, c_ER, basis_RDV = problem()
+  objective = objective_lib.make(ridge=0.1, cosine=cosine)
+
+  def everything():
+    value, slopes = jax.value_and_grad(objective_lib.smooth, argnums=(2, 3))(
+      objective, clusters, c_ER, basis_RDV
+    )
+    p_ETV = objective_lib.predict(clusters.q_ETD, c_ER, basis_RDV)
+    found = (
+      value,
+      slopes,
+      objective_lib.basis_slope(objective, clusters, p_ETV, c_ER, basis_RDV),
+      solve.solved(objective, clusters, c_ER, basis_RDV, sweeps=2),
+      subspace.leading(
+        clusters.q_ETD, clusters.a_ETV, R, jax.random.key(0), passes=3
+      ),
+    )
+    square = objective._replace(cosine=0.0), clusters, c_ER, basis_RDV
+    return found, solve.basis_direct(*square), solve.basis_cg(*square)
+
+  whole = jax.jit(everything)()
+  # Slopes are those of autodiff.
+  chex.assert_trees_all_close(whole[0][2], whole[0][1][1], atol=1e-5)
+  at = objective, clusters, whole[0][3].coefficients_ER, basis_RDV
+  chex.assert_trees_all_close(
+    whole[0][3].slope_ER, objective_lib.gradients(*at)[0], atol=1e-5
+  )
+  # Four blocks of three members.
+  monkeypatch.setattr(clusters_lib, '_AT_ONCE', 3 * R * T * V)
+  blocks = clusters_lib.blocks(clusters, R * T * V)
+  assert blocks.q_ETD.shape == (4, 3, T, D)
+  chex.assert_trees_all_close(jax.jit(everything)(), whole, atol=2e-3)

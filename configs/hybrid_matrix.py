@@ -126,6 +126,8 @@ def get_config(variant=None):
   )
   config.checkpoint.every = 1000
   config.evaluators.after.perplexity.bins = ()
+  # What any English text can go on from.
+  config.evaluators.after.samples.prompts = ('', 'The ')
   gates = config.evaluators.after.state_gates
   config.evaluators.during.state_gates = gates.to_dict() | {'layers': False}
   if size:

@@ -47,7 +47,7 @@ SCHEMES = {
   'low_rank': ((W1, 0, {'name': 'low_rank', 'rank': 1}), OWN),
   'basis': ((r'^(nlm/w1|readout/kernel)$', 2, {'name': ''}), OWN),
 }
-VARIANTS = ('smoke', *SCHEMES, *specialists_lm.FEDERATIONS)
+VARIANTS = ('smoke', 'curves', *SCHEMES, *specialists_lm.FEDERATIONS)
 
 
 def get_config(variant=None):
@@ -101,6 +101,8 @@ def get_config(variant=None):
       'members': everything | {'pattern': '^members/', 'lr_scale': 0.3},
       'rest': everything | {'pattern': '^(?!members/)'},
     }
+  if 'curves' in chosen:
+    specialists_lm.curves(config)
   if 'smoke' in chosen:
     config.task.update(length=8, passages=2, rows=4, problems=200)
     config.model.member.update(width=16, input_width=8, ticks=2, memory=4)

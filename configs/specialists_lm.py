@@ -67,11 +67,15 @@ SCHEMES = {
   'derived': (
     (MATRICES, 0, {'name': 'residual', 'kind': 'low_rank', 'rank': 3}),
   ),
-  'low_rank': ((MATRICES, 0, {'name': 'low_rank', 'rank': 4}),),
+  # 5,376 weights a member, as many as `derived`.
+  'low_rank': (
+    (r'^attention/attention/(qkv|out)$', 0, {'name': 'low_rank', 'rank': 4}),
+    (r'^attention/mlp/(up|down)$', 0, {'name': 'low_rank', 'rank': 3}),
+  ),
   'basis': ((r'^attention/(attention/out|mlp/(up|down))$', 2, {'name': ''}),),
 }
 FEDERATIONS = ('apart', 'hub', 'ring')
-VARIANTS = ('smoke', *SCHEMES, *FEDERATIONS)
+VARIANTS = ('smoke', 'curves', *SCHEMES, *FEDERATIONS)
 
 
 def get_config(variant=None):
@@ -115,6 +119,8 @@ def get_config(variant=None):
   config.checkpoint.update(every=400, best='validation/loss', mode='min')
   evaluate(config)
   share(config, chosen, SCHEMES, layers=True)
+  if 'curves' in chosen:
+    curves(config)
   if 'smoke' in chosen:
     config.task.update(length=8, passages=2, problems=200)
     config.model.member.update(width=16, head_width=8, window=8)
@@ -134,6 +140,14 @@ def evaluate(config):
       'known': 3584,
     },
   }
+
+
+def curves(config):
+  """Every member on every domain during training too, in `metrics.jsonl`."""
+  config.evaluators.during = {
+    'domains': {'split': 'validation', 'passage': 4, 'known': 28}
+  }
+  config.training.evaluate_every = 100
 
 
 def share(config, chosen, schemes, layers):

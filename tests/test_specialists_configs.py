@@ -9,12 +9,13 @@ import pytest
 from configs import specialists_ctm, specialists_lm
 from recursive_weights import build, config
 from recursive_weights.benchmarks import specialists as benchmark
+from recursive_weights.derivation import report
 from recursive_weights.interfaces import UserError
 
 
 @pytest.mark.parametrize('module', [specialists_lm, specialists_ctm])
 @pytest.mark.parametrize(
-  'variant', [*specialists_lm.SCHEMES, *specialists_lm.FEDERATIONS]
+  'variant', ['curves', *specialists_lm.SCHEMES, *specialists_lm.FEDERATIONS]
 )
 def test_variants_build(module, variant):
   """Without compiling: shapes alone, and every optimizer group meets some."""
@@ -29,6 +30,16 @@ def test_variants_build(module, variant):
   for part in ('members', 'centres'):
     assert {x.shape[0] for x in jax.tree.leaves(params.get(part, {}))} <= {7}
   assert bool(experiment.every) == (variant in ('hub', 'ring'))
+
+
+def test_adapters_are_as_large_as_operators():
+  sizes = [
+    report.count(
+      build.parameter_shapes(config.to_data(specialists_lm.get_config(variant)))
+    )
+    for variant in ('derived', 'low_rank')
+  ]
+  assert sizes == [109_696, 109_696]
 
 
 @pytest.mark.parametrize(

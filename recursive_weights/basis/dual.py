@@ -103,9 +103,10 @@ def quadratic(table: Rows, y_NV: Array) -> Quadratic:
   The cosine bends by at most `1.155 w / |y|²` (where it is 1/2), so close to y
   the model is no lower than the loss.
   """
+  share = 0.0 if table.cosine is None else table.cosine
   slope_NV = jax.grad(lambda y_NV: jnp.sum(_losses(table, y_NV)))(y_NV)
   square_N = jnp.maximum(jnp.sum(y_NV**2, -1), 1e-6)
-  bend_N = (1 - table.cosine) + 0.625 * table.cosine * table.weight_N / square_N
+  bend_N = (1 - share) + 0.625 * share * table.weight_N / square_N
   bend_N = jnp.maximum(bend_N, 1e-6)
   scale_N = jnp.sqrt(bend_N)
   target_NV = y_NV - slope_NV / (2 * bend_N[:, None])
@@ -257,8 +258,8 @@ def run(
   span_ER = initial(table, members, rank, max(objective.ridge, 1.0))
 
   if warm_ridge > objective.ridge:
-    square = objective._replace(cosine=0.0, ridge=warm_ridge)
-    warm = rows(square, clusters)
+    easy = objective._replace(cosine=0.0, ridge=warm_ridge)
+    warm = rows(easy, clusters)
     span_ER = _descend(warm, span_ER, warm_steps)[0].span_ER
   if objective.cosine:
     # Short predictions bend the angle so much that steps are short too.

@@ -1,0 +1,80 @@
+"""How well a planted basis is found again, by questions, rank and noise."""
+
+import pathlib
+
+from recursive_weights.plots import _figure
+
+GREY = '#444444'
+
+
+def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
+  """Writes a panel for each sweep of `benchmarks.recovery` as a PNG.
+
+  Points are medians over draws, bars reach from the least to the largest.
+
+  Args:
+    path: file to write.
+    lines: what the benchmark prints.
+    title: title of the picture.
+
+  Returns:
+    The path.
+  """
+  panels = {
+    'threshold': ('questions', 'questions a member', 'by questions, ridge'),
+    'rank': ('rank', 'rank fitted', 'by rank, noise (best ridge)'),
+    'noise': ('noise', 'noise', 'by noise, ridge'),
+  }
+  found = [name for name in panels if any(x['sweep'] == name for x in lines)]
+  with _figure.style():
+    figure = _figure.new(3.6 * len(found), 3.4)
+    for axis, name in zip(
+      figure.subplots(1, len(found), squeeze=False)[0], found, strict=True
+    ):
+      key, label, heading = panels[name]
+      some = [line for line in lines if line['sweep'] == name]
+      _draw(axis, key, name, some)
+      axis.set(
+        yscale='log',
+        xscale='log' if name == 'noise' else 'linear',
+        xlabel=label,
+        ylabel='relative squared error, held out',
+        title=heading,
+      )
+      axis.legend()
+    figure.suptitle(title or 'A planted basis found again')
+    return _figure.save(figure, path)
+
+
+def _draw(axis, key, name, lines):
+  fits = [line for line in lines if 'error' in line]
+  other = 'noise' if name == 'rank' else 'ridge'
+  if name == 'rank':
+    fits = [
+      min(
+        (x for x in fits if x['rank'] == rank and x['noise'] == noise),
+        key=lambda line: line['error']['median'],
+      )
+      for noise in sorted({x['noise'] for x in fits})
+      for rank in sorted({x['rank'] for x in fits})
+    ]
+  for i, value in enumerate(sorted({line[other] for line in fits})):
+    some = [line for line in fits if line[other] == value]
+    colour = _figure.COLOURS[i % len(_figure.COLOURS)]
+    shown = (axis, key, some, 'error', f'{other} {value:g}')
+    _bars(*shown, color=colour, marker='o')
+  for label, style in (('independent', '--'), ('known', ':')):
+    some = [line for line in lines if label in line]
+    if some:
+      text = 'ridge, each for itself' if label == 'independent' else label
+      _bars(axis, key, some, label, text, color=GREY, ls=style)
+
+
+def _bars(axis, key, lines, field, label, **look):
+  x = [line[key] for line in lines]
+  middle = [line[field]['median'] for line in lines]
+  low = [line[field]['median'] - line[field]['low'] for line in lines]
+  high = [line[field]['high'] - line[field]['median'] for line in lines]
+  axis.errorbar(
+    x, middle, [low, high], label=label, ms=3, lw=1, capsize=2, **look
+  )

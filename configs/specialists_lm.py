@@ -13,43 +13,53 @@ blank line between modules: here OpenStax textbooks (Rice University, CC BY
 4.0), modules split by hash. Held out: 32 passages a domain of 4 rows of 64
 characters, read afresh. 800 steps of 28 rows, in nats a character:
 
-  scheme       weights   of eight    own domain      all members   centre
-                         (saved)     seed 0, seed 1  on it         alone
-  independent  504,448               2.203           2.366
-  centre        72,064   87.5 %      1.977, 1.988
-  derived      109,696   81.0 %      1.963, 1.973    2.031, 2.047  1.998, 2.008
-  low_rank     115,072   80.0 %      1.959, 1.972    2.035, 2.052  1.996, 2.011
-  basis        113,108   80.4 %      1.959           2.008         2.027
-  hub          542,080               2.177           2.222         2.213
+  scheme       weights   of eight   own domain            all members  centre
+                         (saved)    by seed, 0 to 4       on it        alone
+  independent  504,448              2.203                 2.366
+  centre        72,064   87.5 %     1.977 1.988 1.974
+  derived      109,696   81.0 %     1.963 1.974 1.971     2.042        2.007
+                                    1.978 1.980           (mean)       (mean)
+  low_rank     109,696   81.0 %     1.963 1.973 1.960     2.046        2.009
+                                    1.996 1.982           (mean)       (mean)
+  basis        113,108   80.4 %     1.959                 2.008        2.027
+  hub          542,080              2.169                 2.218        2.215
 
 `of eight`: against eight models of their own, the centre and seven members.
 Every member of `derived` is better on its own domain than the seven are on
-average, by 4.1 standard errors over passages in the worst domain (4.7 in seed
-1). So sharing is worth a lot at equal steps (.24 nats less than independent
+average, by 3.2 to 4.7 standard errors over passages in the worst domain of each
+seed. So sharing is worth a lot at equal steps (.23 nats less than independent
 members, each of which sees a seventh of the text), and specialising a little
-(.015 less than one model for all). Low-rank adapters are ahead of operators in
-all three comparisons, by .001 to .004: of rank 4 (5 % more weights in all, 14 %
-more in members) by .004 and .001, of rank 3 (104,320 weights, 81.9 %, seed 0)
-by .001. All are within the spread of the seeds (.010). Members whose copies of
-the centre a hub synchronises beat that centre after the last synchronisation,
-2.177 against 2.213, but learn more slowly than those that train together. The
-`hub` figures are of copies judged on validation rows of LOGOS alone, so shares
-favoured its member; now rows of all domains judge, and this was not run again.
+(.003 to .015 less than one model for all). Operators and low-rank adapters of
+exactly the same size are equal: 1.973 against 1.975, a difference of -.002 with
+a standard error of .005 over five seeds. Members whose copies of the centre a
+hub synchronises beat that centre after the last synchronisation, 2.169 against
+2.215, but learn more slowly than those that train together.
+
+LOGOS alone, by step (`curves`, validation, seed 0): operators are after 300
+steps where an independent model is after 800.
+
+  step           100    200    300    400    500    600    700    800
+  derived       2.675  2.444  2.309  2.242  2.206  2.152  2.134  2.114
+  independent   2.966  2.694  2.553  2.506  2.485  2.399  2.374  2.364
 
 Which member should read a text? Losses on 128 characters name the right domain
-in .62 and .61 of passages (top 2: .76), words alone in .63, trigrams in .72:
-members are no good router. Routed by them the next 128 characters cost 1.981,
-with the right member 1.970, with one model for all 1.983.
+in .60 to .67 of passages (seed 0: .62, top 2 .76), words alone in .63, trigrams
+in .72: members are no good router. Routed by them the next 128 characters cost
+1.981, with the right member 1.970, with one model for all 1.983.
 
 An eighth domain (chemistry, seed 0): the centre alone 2.083, a new member with
 the rest frozen (5,376 weights) 2.072 after 28 rows and 1.986 after 448; all
 72,064 weights of the centre 2.083 and 1.894. Commands:
 
+  python train.py --config=configs/specialists_lm.py:independent,curves ...
   python -m recursive_weights.benchmarks.specialists runs/derived
   python -m recursive_weights.benchmarks.specialists runs/derived \
       --domain chemistry --samples 28 448 --steps 100
 
-Variants, joined by commas: `smoke` (seconds); schemes `independent`, `centre`
+A run takes two minutes of a core (with `curves` four), one of 800 steps.
+
+Variants, joined by commas: `smoke` (seconds), `curves` (every member on every
+domain during training too, in `metrics.jsonl`); schemes `independent`, `centre`
 (one model for all), `derived` (W + W A_i B_i, the default), `low_rank` (W + A_i
 B_i), `basis` (sum_k a_ik G_k); `apart` (every member trains its own copy of the
 centre), `hub` and `ring` (copies are synchronised every 25 steps, see

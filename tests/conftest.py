@@ -17,3 +17,8 @@ os.environ['XLA_FLAGS'] = flags
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_collection_modifyitems(items):
+  """Notebooks first: the longest file, which one worker has to itself."""
+  items.sort(key=lambda item: 'test_notebooks' not in item.nodeid)

@@ -60,7 +60,7 @@ def make(
   objective: Objective,
   *,
   solver: Solver = 'auto',
-  direct_limit: int = 2048,
+  direct_limit: int = 4096,
   iterations: int = 100,
   sweeps: int = 3,
   orthonormalise_every: int = 1,

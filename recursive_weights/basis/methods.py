@@ -284,7 +284,10 @@ METHODS = {
   ),
   'classifier': Method(
     classifier,
-    _product(temperature=(0.03, 0.05, 0.1, 0.2), pull=(0.1, 0.3, 1.0, 3.0)),
+    _product(
+      temperature=(0.03, 0.05, 0.1, 0.2, 0.4, 0.8),
+      pull=(0.1, 0.3, 1.0, 3.0, 10.0),
+    ),
   ),
   'basis': Method(
     _of(basis),

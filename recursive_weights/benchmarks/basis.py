@@ -244,7 +244,7 @@ def main() -> None:
     '--iterations', type=int, default=20, help='0: compiles, for the bytes'
   )
   parser.add_argument('--warm', type=int, default=20, help='of rows')
-  parser.add_argument('--direct_limit', type=int, default=2048)
+  parser.add_argument('--direct_limit', type=int, default=4096)
   parser.add_argument('--tolerance', type=float, default=0.0)
   parser.add_argument('--target', type=float, default=0.0, help='of the loss')
   size = parser.parse_args()

@@ -22,7 +22,7 @@ def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
   """
   panels = {
     'threshold': ('questions', 'questions a member', 'by questions, ridge'),
-    'rank': ('rank', 'rank fitted', 'by rank, noise (best ridge)'),
+    'rank': ('rank', 'rank fitted', 'by rank, noise'),
     'noise': ('noise', 'noise', 'by noise, ridge'),
   }
   found = [name for name in panels if any(x['sweep'] == name for x in lines)]
@@ -49,15 +49,6 @@ def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
 def _draw(axis, key, name, lines):
   fits = [line for line in lines if 'error' in line]
   other = 'noise' if name == 'rank' else 'ridge'
-  if name == 'rank':
-    fits = [
-      min(
-        (x for x in fits if x['rank'] == rank and x['noise'] == noise),
-        key=lambda line: line['error']['median'],
-      )
-      for noise in sorted({x['noise'] for x in fits})
-      for rank in sorted({x['rank'] for x in fits})
-    ]
   for i, value in enumerate(sorted({line[other] for line in fits})):
     some = [line for line in fits if line[other] == value]
     colour = _figure.COLOURS[i % len(_figure.COLOURS)]

@@ -9,8 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recursive_weights.basis import clusters as clusters_lib
 from recursive_weights.basis import fit as fit_lib
-from recursive_weights.basis import initial, lagrangian, subspace
+from recursive_weights.basis import initial, lagrangian
 from recursive_weights.basis import objective as objective_lib
+from recursive_weights.benchmarks import recovery
 from recursive_weights.interfaces import UserError
 from recursive_weights.tasks import _planted
 
@@ -208,33 +209,11 @@ def test_bad_settings_are_told(fields, message):
   ],
 )
 def test_a_planted_basis_is_recovered(questions, error, angle):
-  problems = [_planted.planted(s, questions=questions) for s in range(10)]
-
-  def stacked(field):
-    arrays = [getattr(problem, field) for problem in problems]
-    return jnp.asarray(np.stack(arrays), jnp.float32)
-
-  fit = fit_lib.make(objective_lib.make(ridge=1e-3))
-
-  def recover(q_ETD, a_ETD, key):
-    clusters = clusters_lib.Clusters(q_ETD, a_ETD, jnp.ones(q_ETD.shape[:2]))
-    basis_RDV = initial.from_stronger_ridge(
-      clusters, initial.from_ridge(clusters, 4, key)
-    )
-    state, _ = fit_lib.run(
-      fit, clusters, fit.init(clusters, basis_RDV), steps=200, tolerance=3e-5
-    )
-    return state.coefficients_ER, state.basis_RDV
-
-  keys = jax.random.split(jax.random.key(0), 10)
-  found = jax.jit(jax.vmap(recover))(stacked('q_ETD'), stacked('a_ETD'), keys)
-  w_BEDV = jax.vmap(objective_lib.weights)(*found)
-  errors = [
-    _planted.relative_error(problem, w_EDV)
-    for problem, w_EDV in zip(problems, w_BEDV, strict=True)
-  ]
-  angles = jax.vmap(subspace.cosines)(found[1], stacked('basis_RDV'))[:, -1]
-  assert np.median(errors) <= error
-  assert np.median(angles) >= angle
+  found = recovery.case(10, questions=questions, rank=4, noise=0.05, ridge=1e-3)
+  assert found['error']['median'] <= error
+  assert found['cosine']['median'] >= angle
   # Not the median alone: no draw ends in a minimum that interpolates.
-  assert max(errors) <= 2 * error
+  assert found['error']['high'] <= 2 * error
+  beside = recovery.beside(10, questions=questions, noise=0.05)
+  assert beside['known']['median'] < found['error']['median']
+  assert beside['independent']['median'] > 0.7

@@ -26,6 +26,7 @@ def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
     'noise': ('noise', 'noise', 'by noise, ridge'),
   }
   found = [name for name in panels if any(x['sweep'] == name for x in lines)]
+  ridges = sorted({line['ridge'] for line in lines if 'ridge' in line})
   with _figure.style():
     figure = _figure.new(3.6 * len(found), 3.4)
     for axis, name in zip(
@@ -33,7 +34,7 @@ def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
     ):
       key, label, heading = panels[name]
       some = [line for line in lines if line['sweep'] == name]
-      _draw(axis, key, name, some)
+      _draw(axis, key, some, 'noise' if name == 'rank' else 'ridge', ridges)
       axis.set(
         yscale='log',
         xscale='log' if name == 'noise' else 'linear',
@@ -41,19 +42,21 @@ def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
         ylabel='relative squared error, held out',
         title=heading,
       )
-      axis.legend()
+      axis.legend(fontsize=7)
     figure.suptitle(title or 'A planted basis found again')
     return _figure.save(figure, path)
 
 
-def _draw(axis, key, name, lines):
+def _draw(axis, key, lines, other, ridges):
+  """Fits by `key`, a line for each value of `other`, and what stands beside."""
   fits = [line for line in lines if 'error' in line]
-  other = 'noise' if name == 'rank' else 'ridge'
-  for i, value in enumerate(sorted({line[other] for line in fits})):
+  values = sorted({line[other] for line in fits})
+  for value in values:
     some = [line for line in fits if line[other] == value]
-    colour = _figure.COLOURS[i % len(_figure.COLOURS)]
-    shown = (axis, key, some, 'error', f'{other} {value:g}')
-    _bars(*shown, color=colour, marker='o')
+    place = (ridges if other == 'ridge' else values).index(value)
+    colour = _figure.COLOURS[place % len(_figure.COLOURS)]
+    label = f'{other} {value:g}'
+    _bars(axis, key, some, 'error', label, color=colour, marker='o')
   for label, style in (('independent', '--'), ('known', ':')):
     some = [line for line in lines if label in line]
     if some:

@@ -13,6 +13,7 @@ from recursive_weights.plots import (
   attention,
   curves,
   dynamics,
+  recovery,
   spectra,
 )
 
@@ -181,3 +182,19 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, which):
   monkeypatch.setattr(builtins, '__import__', without)
   with pytest.raises(UserError, match=r'\.\[plots\]'):
     plot(tmp_path / 'a.png')
+
+
+def test_recovery_draws_a_panel_for_each_sweep(tmp_path):
+  spread = {'median': 0.1, 'low': 0.05, 'high': 0.3}
+  fit = {'error': spread, 'ridge': 0.1, 'noise': 0.2, 'rank': 4, 'questions': 8}
+  beside = {'known': spread, 'independent': spread, 'noise': 0.2}
+  lines = [
+    {'sweep': 'rank'} | fit,
+    {'sweep': 'rank'} | fit | {'rank': 5},
+    {'sweep': 'noise'} | fit,
+    {'sweep': 'noise'} | beside,
+  ]
+  two = recovery.recovery(tmp_path / 'two.png', lines)
+  one = recovery.recovery(tmp_path / 'one.png', lines[:2])
+  widths = [Image.open(path).size[0] for path in (two, one)]
+  assert widths[0] == 2 * widths[1]

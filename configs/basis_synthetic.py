@@ -13,6 +13,16 @@ once, of 1,000 pairs held out: 1.000. With every member for itself (40 bases)
 .467; with 2 bases .549, with 8 (more than planted: their ridge is too weak)
 .785; with two pairs a member, too few, .765; with ten times the noise .994.
 
+How near the basis comes, by questions, rank, noise and ridge, with a picture:
+
+  python -m recursive_weights.benchmarks.recovery --picture recovery.png
+
+(`benchmarks/results/recovery.jsonl`). Relative error on held-out questions,
+median of ten draws: .0053 at four pairs a member, .00057 at eight, where it is
+.0044 and .00054 with the planted coefficients given: the .0005 that one would
+like is below what noise leaves. Any ridge up to 1e-3 does; at 3 pairs, too few,
+1e-3 halves the error of 1e-6 (.18 against .36).
+
 Variants, joined by commas: `smoke` (seconds), `sparse` coefficients, `few` (two
 pairs a member), `noisy` (standard deviation .5 where answers have about 11 in
 norm), `rank2`, `rank8`, `independent` (rank 40), `gradient` (by cross-entropy

@@ -32,16 +32,16 @@ Members by tier (`TIERS`), joined to sizes by a comma:
              These three begin the schedule and the data again half-way.
 
 Measured so far, all of it small: `small` on tiny-shakespeare, seed 0, the rate
-not tuned. Validation loss of the baseline 1.630 (513,558 parameters), of `rwkv6`
-1.748 (535,968), after 600 steps and ten minutes of a shared CPU core each; both
-pass the gates but for two warnings of the baseline's Mamba-2
-(`benchmarks/results/hybrid_matrix_small.jsonl`). One seed of two members decides
-nothing. Full size has not been run.
+not tuned. After 600 steps, ten minutes of a shared CPU core each, validation
+loss is 1.630 for the baseline (513,558 parameters) and 1.748 for `rwkv6`
+(535,968); both pass the gates, with two warnings for the baseline's Mamba-2
+(`benchmarks/results/hybrid_matrix_small.jsonl`). One seed of two members
+decides nothing. Full size has not been run.
 
 Sizes: `small` (half a million parameters, for a CPU: 600 steps of 16 x 64) and
 `smoke` (a minute or two to compile). On a CPU train one seed at a time: three
-in one program took eight times as long a step as one. StateNorm inside the recurrence (`groups_*`) goes token by
-token, so these two members are slow.
+in one program took eight times as long a step as one. StateNorm inside the
+recurrence (`groups_*`) goes token by token, so these two members are slow.
 """
 
 from typing import Any

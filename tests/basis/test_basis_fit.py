@@ -202,18 +202,20 @@ def test_bad_settings_are_told(fields, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('questions', 'error', 'angle'),
+  ('draws', 'questions', 'error', 'angle'),
   [
-    (4, 6e-3, 0.99),
-    pytest.param(8, 6e-4, 0.999, marks=pytest.mark.long),
+    (3, 4, 6e-3, 0.99),
+    pytest.param(10, 8, 6e-4, 0.999, marks=pytest.mark.long),
   ],
 )
-def test_a_planted_basis_is_recovered(questions, error, angle):
-  found = recovery.case(10, questions=questions, rank=4, noise=0.05, ridge=1e-3)
+def test_a_planted_basis_is_recovered(draws, questions, error, angle):
+  found = recovery.case(
+    draws, questions=questions, rank=4, noise=0.05, ridge=1e-3
+  )
   assert found['error']['median'] <= error
   assert found['cosine']['median'] >= angle
   # Not the median alone: no draw ends in a minimum that interpolates.
   assert found['error']['high'] <= 2 * error
-  beside = recovery.beside(10, questions=questions, noise=0.05)
+  beside = recovery.beside(draws, questions=questions, noise=0.05)
   assert beside['known']['median'] < found['error']['median']
   assert beside['independent']['median'] > 0.7

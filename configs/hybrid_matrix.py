@@ -39,7 +39,7 @@ loss is 1.630 for the baseline (513,558 parameters) and 1.748 for `rwkv6`
 decides nothing. Full size has not been run.
 
 Sizes: `small` (half a million parameters, for a CPU: 600 steps of 16 x 64) and
-`smoke` (a minute or two to compile). On a CPU train one seed at a time: three
+`smoke` (about a minute, to compile). On a CPU train one seed at a time: three
 in one program took eight times as long a step as one. StateNorm inside the
 recurrence (`groups_*`) goes token by token, so these two members are slow.
 """

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from recursive_weights import config as config_lib
 from recursive_weights.config import tuples
 from recursive_weights.interfaces import (
   Model,
@@ -106,6 +107,14 @@ def check(config: dict[str, Any]) -> list[str]:
   largest = 2**31 - max(config['num_seeds'], 1)
   if not 0 <= config['seed'] <= largest:
     errors.append(f'seed must lie in [0, {largest}], got {config["seed"]}')
+  factors = config['rate_factors']
+  if factors and (len(factors) != config['num_seeds'] or min(factors) <= 0):
+    errors.append(
+      'rate_factors must be () or one factor > 0 for each of num_seeds = '
+      f'{config["num_seeds"]} members, got {tuple(factors)}'
+    )
+  if factors and config['step']['name']:
+    errors.append('rate_factors must be () with step alternating')
   if config['max_minutes'] < 0:
     errors.append(f'max_minutes must be >= 0, got {config["max_minutes"]}')
   if config['dtype'] not in DTYPES:
@@ -322,7 +331,7 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
       found[part] = None
     return found[part]
 
-  seeds = [config['seed'] + i for i in range(max(config['num_seeds'], 0))]
+  seeds = config_lib.member_seeds(config)
   tasks = attempt(
     'task', lambda: tuple(build_task(config, seed) for seed in seeds)
   )
@@ -332,7 +341,7 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
     raise UserError('config: ' + '; '.join(errors))
   # So workdirs and checkpoints know their data, and refuse other data.
   config = config | {'data_hash': dict(tasks[0].data_hash or {})}
-  train = config['training']
+  train, factors = config['training'], config['rate_factors']
   inputs = example(tasks[0], train['batch_size'])
   shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
   optimizer, schedule = optimizers.make(
@@ -380,7 +389,7 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
     ema_decay=train['ema_decay'],
     keep_carry=train['keep_carry'],
     first_slots=first_slots,
-    with_rate=bool(config['early_stopping']['rules']),
+    with_rate=bool(config['early_stopping']['rules'] or factors),
   )
   make_own_step = step
   if config['step']['name']:

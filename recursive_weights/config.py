@@ -20,6 +20,8 @@ def base() -> ConfigDict:
     {
       'seed': 0,  # of parameters, data order, noise
       'num_seeds': 1,  # members seed, seed + 1, ... trained in one program
+      # On the learning rate, one a member, which then share the seed; (): none.
+      'rate_factors': (),
       'dtype': 'float32',  # of the computation; float32, bfloat16, float16
       'raw': False,  # evaluate the parameters themselves, not their average
       'resume_from': '',  # a run whose whole state this one begins with
@@ -100,6 +102,12 @@ def base() -> ConfigDict:
       'evaluators': {'during': {}, 'after': {}},
     }
   )
+
+
+def member_seeds(data: dict[str, Any]) -> list[int]:
+  """The seed of every member of a run."""
+  apart = not data['rate_factors']
+  return [data['seed'] + apart * i for i in range(max(data['num_seeds'], 0))]
 
 
 def to_data(config: ConfigDict) -> dict[str, Any]:

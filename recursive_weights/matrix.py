@@ -8,7 +8,8 @@ r"""Trains a tier of a validation matrix, compares its members, and decides.
 
 Tiers, members and questions are those of the config's module. Seeds of a member
 train in one program; with `--learning_rates` each member first tries them with
-one seed for `--screen_steps`, and takes the one with the best validation loss.
+one seed for `--screen_steps`, in one program too, and takes the one with the
+best validation loss.
 Every run has its folder in the workdir, and the same command goes on where it
 stopped; members of earlier tiers are read, not trained again, and stand in the
 table too. Writes `table.md`, `table.json` and `plots/curves.png`.
@@ -113,7 +114,10 @@ def train(module, member: str, folder: pathlib.Path, overrides) -> None:
 
 
 def best_rate(module, member: str, folder, overrides) -> float:
-  """The learning rate with the lowest validation loss of one short run each.
+  """The learning rate with the lowest validation loss in one short run of all.
+
+  They are members of one program with one seed. Where that diverges it is tried
+  again without the largest rate.
 
   Raises:
     Diverged: with every rate.
@@ -123,13 +127,16 @@ def best_rate(module, member: str, folder, overrides) -> float:
   given = flags.FLAGS
   steps = build(module, member, overrides).config['training']['steps']
   steps = min(given.screen_steps, steps)
-  losses = {}
-  for rate in command.numbers('learning_rates', given.learning_rates):
-    workdir = folder / 'screen' / f'{member}-{steps}-{rate:g}'
+  rates = sorted(command.numbers('learning_rates', given.learning_rates))
+  for count in range(len(rates), 0, -1):
+    some = rates[:count]
+    names = '-'.join(f'{rate:g}' for rate in some)
+    workdir = folder / 'screen' / f'{member}-{steps}-{names}'
     fields = {
-      'num_seeds': 1,
+      'num_seeds': count,
+      'rate_factors': tuple(rate / some[0] for rate in some),
       'training.steps': steps,
-      'optimizer.learning_rate': rate,
+      'optimizer.learning_rate': some[0],
       'evaluators.after': {},
     }
     try:
@@ -137,11 +144,13 @@ def best_rate(module, member: str, folder, overrides) -> float:
     except loop.Diverged as error:
       _log.info('%s: %s', workdir, error)
       continue
-    losses[rate] = mean(measure(member, workdir)['best'])
-  if not losses:
+    losses = measure(member, workdir)['best']
+    break
+  else:
     raise loop.Diverged(f'{member} diverged with every learning rate')
-  chosen = min(losses, key=lambda rate: losses[rate])
-  tried = ', '.join(f'{rate:g}: {loss:.4f}' for rate, loss in losses.items())
+  chosen = some[int(np.argmin(losses))]
+  found = zip(some, losses, strict=True)
+  tried = ', '.join(f'{rate:g}: {loss:.4f}' for rate, loss in found)
   _log.info('%s takes learning rate %g of %s', member, chosen, tried)
   return chosen
 

@@ -90,6 +90,7 @@ def _time_fields(f):
     'apply': {
       'grounding': f['grounding'],
       'state_norm': f['state_norm'],
+      'algorithm': f['algorithm'],
       'chunk': f['chunk'],
       'precision': f['precision'],
     },
@@ -115,6 +116,7 @@ def _ssm_fields(f):
     'apply': {
       'groups': f['groups'],
       'state_norm': f['state_norm'],
+      'algorithm': f['algorithm'],
       'chunk': f['chunk'],
       'precision': f['precision'],
     },

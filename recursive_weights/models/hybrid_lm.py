@@ -25,6 +25,7 @@ from recursive_weights.models.decoder import from_decoder, text_spec
 from recursive_weights.models.layers import past, trm_block
 
 INITIAL = ('learned', 'zeros')
+ALGORITHMS = ('auto', 'chunked', 'fused')
 PRECISIONS = ('default', 'high', 'highest')
 
 # Sizes with pattern 'H', by the number of parameters at a vocabulary of 97
@@ -63,6 +64,7 @@ def make(
   tied: bool = True,
   embedding_norm: bool = False,
   dropout: float = 0.0,
+  algorithm: str = 'auto',
   chunk: int = 64,
   precision: str = 'highest',
   remat: bool = True,
@@ -99,6 +101,8 @@ def make(
     tied: the head is the transposed embedding.
     embedding_norm: a norm after the embedding, which then starts tiny.
     dropout: of what layers add, in training.
+    algorithm: of the scans, 'chunked', 'fused' (GPU kernels) or 'auto', which
+      is the latter on a GPU for the widths that it takes.
     chunk: tokens a chunk of the scans, a power of two: 32 on a CPU, 64 else.
     precision: of float32 products in the scans, one of `PRECISIONS`.
     remat: layers run again in the backward pass: a quarter of the memory, and
@@ -373,6 +377,10 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
   if given['precision'] not in PRECISIONS:
     raise UserError(
       f'precision must be one of {PRECISIONS}, got {given["precision"]!r}'
+    )
+  if given['algorithm'] not in ALGORITHMS:
+    raise UserError(
+      f'algorithm must be one of {ALGORITHMS}, got {given["algorithm"]!r}'
     )
   if given['learned_grounding'] and not given['grounding']:
     raise UserError(

@@ -15,6 +15,7 @@ from recursive_weights.interfaces import Array, Tree
 from recursive_weights.scans import decay
 
 ALGORITHMS = ('chunked', 'recurrent')
+KERNELS = ('fused', 'auto')
 
 
 class Pending(NamedTuple):
@@ -157,6 +158,19 @@ def choose(
   return min(chunk, 1 << max(length - 1, 1).bit_length())
 
 
+def resolve(algorithm: str, given: Inputs) -> str:
+  """What 'auto' is: 'fused' on a GPU for widths that it takes, or 'chunked'."""
+  if algorithm != 'auto':
+    return algorithm
+  from recursive_weights.scans import kernels
+
+  if not kernels.on_one_gpu():
+    return 'chunked'
+  from recursive_weights.scans.kernels import matrix_state
+
+  return 'fused' if matrix_state.fits(given) else 'chunked'
+
+
 def split(x: Array, chunk: int, groups: int) -> Array:
   """`[B, T, H, K]` to `[chunks, N, R, C, K]`, padded with zeros."""
   batch, length, heads, width = x.shape
@@ -203,6 +217,24 @@ def per_head(x_BGK: Array, heads: int) -> Array:
   """Each group's row for every head that it serves, float32."""
   repeats = heads // x_BGK.shape[-2]
   return jnp.repeat(x_BGK, repeats, axis=-2).astype(jnp.float32)
+
+
+def pending_of(given: Inputs) -> Pending:
+  """A prefill of linear attention as one chunk: nothing is known inside it."""
+  length, groups = given.q_BTGK.shape[1:3]
+  chunk = 1 << max(length - 1, 1).bit_length()
+  k, v, log_decay = (
+    split(x, chunk, groups)
+    for x in (given.k_BTGK, given.v_BTHV, given.log_decay_BTHK)
+  )
+  return Pending(
+    grouped(given.state_BHKV, groups)[None],
+    k,
+    v,
+    log_decay,
+    split_flags(given.resets_BT, chunk, groups),
+    grouped(given.fresh_BHKV, groups),
+  )
 
 
 def commit(pending: Pending, length_B: Array) -> Array:

@@ -54,8 +54,9 @@ def scan(
       (gated delta rule). No bound: 0 keeps, minus infinity forgets.
     beta_BTH: strength of the correction.
     state, fresh, resets, mask: see the package; states are `[B, H, K, V]`.
-    algorithm: 'chunked', 'recurrent', or 'fused' (GPU kernels; K and V must be
-      powers of two from 16 to 256).
+    algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; K and V must be
+      powers of two from 16 to 256), or 'auto': fused on a GPU where it can be,
+      else chunked.
     chunk: tokens a chunk, a power of two; 32 suits CPUs, 64 GPUs and TPUs.
     precision: of products of float32; operands of 16 bits stay what they are,
       the inverse is always float32 at 'highest'.
@@ -66,10 +67,13 @@ def scan(
   Raises:
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
-  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1], kernels=('fused',))
+  chunk = chunks.choose(
+    algorithm, chunk, v_BTHV.shape[1], kernels=chunks.KERNELS
+  )
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state, fresh, resets, mask
   )
+  algorithm = chunks.resolve(algorithm, given)
   if algorithm == 'chunked':
     return _chunked(given, chunk, precision)[:2]
 

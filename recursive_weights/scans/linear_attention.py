@@ -47,8 +47,9 @@ def scan(
       No bound: 0 keeps, minus infinity forgets.
     bonus_HK: RWKV-6's u; tokens then read the state before they write.
     state, fresh, resets, mask: see the package; states are `[B, H, K, V]`.
-    algorithm: 'chunked', 'recurrent', or 'fused' (GPU kernels; K and V must be
-      powers of two from 16 to 256).
+    algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; K and V must be
+      powers of two from 16 to 256), or 'auto': fused on a GPU where it can be,
+      else chunked.
     chunk: tokens a chunk, a power of two; 32 suits CPUs, 64 GPUs and TPUs.
     precision: of products of float32; operands of 16 bits stay what they are.
 
@@ -58,19 +59,18 @@ def scan(
   Raises:
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
-  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1], kernels=('fused',))
+  chunk = chunks.choose(
+    algorithm, chunk, v_BTHV.shape[1], kernels=chunks.KERNELS
+  )
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, None, state, fresh, resets, mask
   )
+  algorithm = chunks.resolve(algorithm, given)
   if algorithm == 'chunked':
     return _chunked(given, bonus_HK, chunk, precision)[:2]
 
   if algorithm == 'fused':
-    from recursive_weights.scans.kernels import matrix_state
-
-    return matrix_state.scan(
-      given, delta=False, bonus_HK=bonus_HK, precision=precision
-    )
+    return _fused(given, bonus_HK, precision)
 
   def one(state, q, k, v, log_decay, resets):
     options = {'resets': resets, 'fresh': given.fresh_BHKV}
@@ -94,14 +94,28 @@ def prefill(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
+  algorithm: str = 'chunked',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Pending]:
-  """As `scan`, chunked; `commit(pending, length_B)` gives the states."""
-  chunk = chunks.choose('chunked', chunk, v_BTHV.shape[1])
+  """As `scan`; `commit(pending, length_B)` gives the states.
+
+  Args:
+    algorithm: 'chunked', 'fused' or 'auto'; the second keeps no states between
+      tokens, so that `commit` sums over the whole sequence.
+  """
+  if algorithm == 'recurrent':
+    raise ValueError(
+      "a prefill is 'chunked', 'fused' or 'auto', got 'recurrent'"
+    )
+  chunk = chunks.choose(
+    algorithm, chunk, v_BTHV.shape[1], kernels=chunks.KERNELS
+  )
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, None, state, fresh, resets, mask
   )
+  if chunks.resolve(algorithm, given) == 'fused':
+    return _fused(given, bonus_HK, precision)[0], chunks.pending_of(given)
   y, _, pending = _chunked(given, bonus_HK, chunk, precision)
   return y, pending
 
@@ -130,6 +144,14 @@ def step(
     read = state + bonus_HK.astype(jnp.float32)[None, :, :, None] * written
   y_BHV = (q_BHK[..., None] * read).sum(-2)
   return y_BHV.astype(v_BHV.dtype), after
+
+
+def _fused(given: chunks.Inputs, bonus_HK, precision):
+  from recursive_weights.scans.kernels import matrix_state
+
+  return matrix_state.scan(
+    given, delta=False, bonus_HK=bonus_HK, precision=precision
+  )
 
 
 def _chunked(given: chunks.Inputs, bonus_HK, chunk, precision):

@@ -43,8 +43,9 @@ def scan(
     a_H: A <= 0.
     b_BTGN, c_BTGN: input and output maps of G groups, G a divisor of H.
     state, fresh, resets, mask: see the package; states are `[B, H, N, V]`.
-    algorithm: 'chunked', 'recurrent', or 'fused' (GPU kernels; N and V must be
-      powers of two from 16 to 256).
+    algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; N and V must be
+      powers of two from 16 to 256), or 'auto': fused on a GPU where it can be,
+      else chunked.
     chunk: tokens a chunk, a power of two.
     precision: of products of float32; operands of 16 bits stay what they are.
 
@@ -77,16 +78,18 @@ def prefill(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
+  algorithm: str = 'chunked',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Pending]:
-  """As `scan`, chunked; `commit(pending, length_B)` gives the states."""
+  """As `scan`; see `linear_attention.prefill`."""
   return linear_attention.prefill(
     *_inputs(x_BTHV, dt_BTH, a_H, b_BTGN, c_BTGN, mask),
     state=state,
     fresh=fresh,
     resets=resets,
     mask=mask,
+    algorithm=algorithm,
     chunk=chunk,
     precision=precision,
   )

@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 IDENTITY = (
   'seed',
   'num_seeds',
+  'rate_factors',
   'dtype',
   'task',
   'data_hash',

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from recursive_weights import config as config_lib
 from recursive_weights.interfaces import Evaluator, Task, Tree, UserError
 from recursive_weights.io import json_files
 from recursive_weights.training import checkpoints as checkpoints_lib
@@ -227,12 +228,12 @@ def evaluate_all(
   if not evaluators:
     return {}
   by_seed = []
-  for index in range(config['num_seeds']):
+  for index, seed in enumerate(config_lib.member_seeds(config)):
     member = params
     if config['num_seeds'] > 1:
       member = jax.tree.map(lambda x, i=index: x[i], params)
     # Fixed by the seed alone: evaluating must not depend on when it is done.
-    key = jax.random.key(config['seed'] + index)
+    key = jax.random.key(seed)
     values: dict[str, float] = {}
     for evaluator in evaluators.values():
       values |= evaluator(member, key)
@@ -288,11 +289,19 @@ def _step(state: State) -> int:
 def _initial(experiment, placement):
   """`init() -> placed State`, and the plain state's shapes and shardings."""
   config = experiment.config
-  seeds = config['seed'] + np.arange(config['num_seeds'], dtype=np.int32)
+  seeds = np.asarray(config_lib.member_seeds(config), np.int32)
+  factors = np.asarray(config['rate_factors'], np.float32)
   if config['num_seeds'] == 1:
-    function, seeds = experiment.init, seeds[0]
+    by_seed, seeds = experiment.init, seeds[0]
   else:
-    function = jax.vmap(experiment.init)
+    by_seed = jax.vmap(experiment.init)
+
+  def function(seeds):
+    state = by_seed(seeds)
+    if not factors.size:
+      return state
+    return state._replace(rate={'factor': factors.reshape(seeds.shape)})
+
   shapes = jax.eval_shape(function, seeds)
   shardings = placement.shardings(shapes)
   abstract = jax.tree.map(

@@ -24,7 +24,8 @@ class State(NamedTuple):
   EMA. carry: what passes from batch to batch, the model's own or that of the
   slots, `{}` for none. step: updates done, int32. key: PRNG key data; the keys
   of a step are a function of it and of the step alone. rate: `{'factor'}` on
-  the learning rate, float32, which plateaus cut; () where there are no rules.
+  the learning rate, float32, which plateaus cut and which may differ between
+  members; () where neither is asked for.
   With several seeds every leaf has a leading axis E.
   """
 

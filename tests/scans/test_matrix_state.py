@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_weights.scans import delta_rule, linear_attention
+from recursive_weights.scans import (
+  chunks,
+  delta_rule,
+  kernels,
+  linear_attention,
+)
 
 B, T, H, K, V = 2, 37, 2, 16, 32
 RULES = {
@@ -147,6 +152,34 @@ def test_kernels_lower_for_a_gpu(rule, monkeypatch):
     program.cache_clear()
   names = ('scan_inside', 'scan_along', 'scan_back', 'scan_inside_back')
   assert all(re.search(rf'\b{name}\b', text) for name in names)
+
+
+@pytest.mark.parametrize('rule', ['gated_linear', 'rwkv6'])
+def test_a_fused_prefill_commits_any_length(rule):
+  given, flags = inputs_of(rule, 'tame', fresh=True), flags_of()
+  args = [given.pop(name) for name in 'qkvg']
+  states = []
+  for algorithm in ('fused', 'chunked'):
+    prefill = functools.partial(
+      linear_attention.prefill, **given, **flags, algorithm=algorithm
+    )
+    y, pending = jax.jit(prefill)(*args)
+    lengths = np.array([[0, 1], [5, 6], [17, 30], [T, T - 1]])
+    commit = jax.vmap(linear_attention.commit, (None, 0))
+    states.append((y, commit(pending, jnp.asarray(lengths))))
+  assert max(jax.tree.leaves(distances(*states))) < 1e-5
+
+
+def test_auto_is_fused_on_one_gpu_where_it_fits(monkeypatch):
+  given = chunks.prepare(
+    *(jnp.zeros((1, 4, 1, 16)) for _ in range(4)), *[None] * 5
+  )
+  narrow = given._replace(v_BTHV=given.v_BTHV[..., :8])
+  assert chunks.resolve('auto', given) == 'chunked'
+  assert chunks.resolve('fused', given) == 'fused'
+  monkeypatch.setattr(kernels, 'on_one_gpu', lambda: True)
+  assert chunks.resolve('auto', given) == 'fused'
+  assert chunks.resolve('auto', narrow) == 'chunked'
 
 
 def test_what_does_not_fit_is_named():

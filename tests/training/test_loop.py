@@ -168,6 +168,27 @@ def test_seeds_in_one_program_are_separate_runs(tmp_path):
     )
 
 
+def test_rates_in_one_program_are_separate_runs(tmp_path):
+  both = toy.experiment(num_seeds=2, seed=3, rate_factors=(0.5, 2.0))
+  results = loop.run(both, tmp_path / 'both')
+  states = final_state(both, tmp_path / 'both')
+  rate = both.config['optimizer']['learning_rate']
+  for index, factor in enumerate((0.5, 2.0)):
+    alone = toy.experiment(seed=3, optimizer__learning_rate=factor * rate)
+    values = loop.run(alone, tmp_path / str(index))
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda x, i=index: x[i], states.params),
+      final_state(alone, tmp_path / str(index)).params,
+      rtol=1e-5,
+      atol=1e-6,
+    )
+    np.testing.assert_allclose(
+      results[f'validation/loss/seed{index}'],
+      values['validation/loss'],
+      rtol=1e-4,
+    )
+
+
 def test_accumulation_is_the_large_batch(whole, tmp_path):
   """Means of halves are the mean of the whole, up to rounding."""
   _, _, _, state = whole

@@ -92,7 +92,7 @@ def experiment(keep_carry=False, poison=None, loss=None, **changes):
         node = node[part]
       node[last] = value
   data = config_lib.to_data(config)
-  tasks = tuple(task(data['seed'] + i) for i in range(data['num_seeds']))
+  tasks = tuple(task(seed) for seed in config_lib.member_seeds(data))
   if poison is not None:
     clean = tasks[0].batch
 
@@ -134,7 +134,7 @@ def experiment(keep_carry=False, poison=None, loss=None, **changes):
       batch_size=train['batch_size'],
       ema_decay=train['ema_decay'],
       keep_carry=keep_carry,
-      with_rate=bool(data['early_stopping']['rules']),
+      with_rate=bool(data['early_stopping']['rules'] or data['rate_factors']),
     ),
     make_step=lambda axis: make_step(
       network,

@@ -1,7 +1,6 @@
 """Fused halves of a block in the place of the plain ones."""
 
 import jax
-from jax.sharding import AxisType
 
 from recursive_weights.models.kernels import (
   attention,
@@ -11,6 +10,7 @@ from recursive_weights.models.kernels import (
   wide_product,
 )
 from recursive_weights.models.layers import symmetric_block, trm_block
+from recursive_weights.scans.kernels import on_one_gpu
 
 
 def make(
@@ -82,11 +82,5 @@ def make(
 
 
 def on_one_hopper() -> bool:
-  """Whether what is traced runs on one GPU of the Hopper generation.
-
-  That is the only GPU, or one of those that each run the program by themselves
-  (`jax.pmap`, `jax.shard_map`).
-  """
-  kinds = jax.sharding.get_abstract_mesh().axis_types
-  own = bool(kinds) and all(kind == AxisType.Manual for kind in kinds)
-  return (own or jax.device_count() == 1) and wide_product.available()
+  """As `on_one_gpu`, of the Hopper generation."""
+  return on_one_gpu() and wide_product.available()

@@ -134,6 +134,7 @@ def apply(
   *,
   groups: int = 1,
   state_norm: int = 0,
+  algorithm: str = 'chunked',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Tree]:
@@ -146,7 +147,7 @@ def apply(
     place_BT: place of each token in its document, see `past`.
     groups: of B and C.
     state_norm: groups of StateNorm.
-    chunk, precision: of the scan.
+    algorithm, chunk, precision: of the scan.
   """
   dtype = x_BTD.dtype
   heads, inner = params['skip'].shape[0], params['norm'].shape[0]
@@ -175,7 +176,7 @@ def apply(
   )
   y_BTHV, parts = matrix_state.read(
     params.get('state', {}),
-    _forms(-jnp.exp(params['a_log']), chunk, precision),
+    _forms(-jnp.exp(params['a_log']), algorithm, chunk, precision),
     cache['state'],
     (x_BTHV, dt_BTH, b_BTGN, c_BTGN),
     place_BT,
@@ -219,9 +220,10 @@ def _silu_jvp(primals, tangents):
   return _silu(x), dx * share * (1 + x * (1 - share))
 
 
-def _forms(a_H=None, chunk=64, precision='highest'):
+def _forms(a_H=None, algorithm='chunked', chunk=64, precision='highest'):
+  options = {'algorithm': algorithm, 'chunk': chunk, 'precision': precision}
+
   def prefill(x, dt, b, c, **where):
-    options = {'chunk': chunk, 'precision': precision}
     return ssd.prefill(x, dt, a_H, b, c, **where, **options)
 
   def step(state, x, dt, b, c, **where):

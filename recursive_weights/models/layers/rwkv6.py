@@ -162,6 +162,7 @@ def time_mix(
   *,
   grounding: float = 0.0,
   state_norm: int = 0,
+  algorithm: str = 'chunked',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Tree]:
@@ -174,7 +175,7 @@ def time_mix(
     place_BT: place of each token in its document, see `past`.
     grounding: alpha where it is not learned.
     state_norm: groups of StateNorm.
-    chunk, precision: of the scan.
+    algorithm, chunk, precision: of the scan.
   """
   dtype = x_BTD.dtype
   heads, width = params['bonus'].shape
@@ -203,7 +204,7 @@ def time_mix(
   log_decay = by_head(_log_decay(params.get('grounding'), raw_BTD, grounding))
   o_BTHV, parts = matrix_state.read(
     params.get('state', {}),
-    _forms(params['bonus'], chunk, precision),
+    _forms(params['bonus'], algorithm, chunk, precision),
     cache['state'],
     (r, k, v, log_decay),
     place_BT,
@@ -317,11 +318,12 @@ def _latest(before_BD, x_BTD, length_B):
   return past.window(before_BD[:, None], x_BTD, length_B)[:, 0]
 
 
-def _forms(bonus_HK=None, chunk=64, precision='highest'):
+def _forms(bonus_HK=None, algorithm='chunked', chunk=64, precision='highest'):
   return matrix_state.Forms(
     prefill=functools.partial(
       linear_attention.prefill,
       bonus_HK=bonus_HK,
+      algorithm=algorithm,
       chunk=chunk,
       precision=precision,
     ),

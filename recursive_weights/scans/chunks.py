@@ -15,7 +15,7 @@ from recursive_weights.interfaces import Array, Tree
 from recursive_weights.scans import decay
 
 ALGORITHMS = ('chunked', 'recurrent')
-KERNELS = ('fused', 'auto')
+KERNELS = ('fused', 'products', 'auto')
 
 
 class Pending(NamedTuple):
@@ -159,7 +159,10 @@ def choose(
 
 
 def resolve(algorithm: str, given: Inputs) -> str:
-  """What 'auto' is: 'fused' on a GPU for widths that it takes, or 'chunked'."""
+  """What 'auto' is: 'fused' on a GPU where it fits, or 'chunked'.
+
+  With values of 16 bits, for products of float32 do not run on matrix units.
+  """
   if algorithm != 'auto':
     return algorithm
   from recursive_weights.scans import kernels
@@ -168,7 +171,8 @@ def resolve(algorithm: str, given: Inputs) -> str:
     return 'chunked'
   from recursive_weights.scans.kernels import matrix_state
 
-  return 'fused' if matrix_state.fits(given) else 'chunked'
+  narrow = given.v_BTHV.dtype.itemsize == 2
+  return 'fused' if narrow and matrix_state.fits(given) else 'chunked'
 
 
 def split(x: Array, chunk: int, groups: int) -> Array:

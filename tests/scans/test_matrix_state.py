@@ -97,10 +97,11 @@ def distances(found, expected):
 
 
 @pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('gates', GATES)
-def test_fused_is_recurrent(rule, gates):
+def test_fused_is_recurrent(rule, algorithm, gates):
   given, flags = inputs_of(rule, gates), flags_of()
-  (_, outputs), gradients = program(rule, 'fused')(given, flags)
+  (_, outputs), gradients = program(rule, algorithm)(given, flags)
   (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
   assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
   assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
@@ -115,10 +116,11 @@ def test_fused_is_recurrent(rule, gates):
     for rule in RULES
   ],
 )
+@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('gates', ['tame', 'shut'])
-def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
+def test_fused_with_a_fresh_state_is_recurrent(rule, algorithm, gates):
   given, flags = inputs_of(rule, gates, fresh=True), flags_of()
-  (_, outputs), gradients = program(rule, 'fused')(given, flags)
+  (_, outputs), gradients = program(rule, algorithm)(given, flags)
   (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
   assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
   assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
@@ -126,27 +128,29 @@ def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('rule', ['rwkv6', 'kimi_delta'])
-def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule):
+def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule, algorithm):
   given, flags = inputs_of(rule, 'tame', jnp.bfloat16), flags_of()
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), given)
   exact = program(rule, 'recurrent')(wide, flags)
   ours, plain = (
     distances(program(rule, name)(given, flags), exact)
-    for name in ('fused', 'chunked')
+    for name in (algorithm, 'chunked')
   )
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
     # States are kept and read in 16 bits, which the plain form's are not.
     assert a < 2 * b + 5e-3
 
 
+@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('rule', RULES)
-def test_kernels_lower_for_a_gpu(rule, monkeypatch):
+def test_kernels_lower_for_a_gpu(rule, algorithm, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   given = inputs_of(rule, 'tame', jnp.bfloat16, fresh=True)
   program.cache_clear()
   try:
-    lowered = program(rule, 'fused').trace(given, flags_of())
+    lowered = program(rule, algorithm).trace(given, flags_of())
     text = lowered.lower(lowering_platforms=('cuda',)).as_text()
   finally:
     program.cache_clear()
@@ -172,14 +176,16 @@ def test_a_fused_prefill_commits_any_length(rule):
 
 def test_auto_is_fused_on_one_gpu_where_it_fits(monkeypatch):
   given = chunks.prepare(
-    *(jnp.zeros((1, 4, 1, 16)) for _ in range(4)), *[None] * 5
+    *(jnp.zeros((1, 4, 1, 16), jnp.bfloat16) for _ in range(4)), *[None] * 5
   )
   narrow = given._replace(v_BTHV=given.v_BTHV[..., :8])
+  wide = given._replace(v_BTHV=given.v_BTHV.astype(jnp.float32))
   assert chunks.resolve('auto', given) == 'chunked'
   assert chunks.resolve('fused', given) == 'fused'
   monkeypatch.setattr(kernels, 'on_one_gpu', lambda: True)
   assert chunks.resolve('auto', given) == 'fused'
   assert chunks.resolve('auto', narrow) == 'chunked'
+  assert chunks.resolve('auto', wide) == 'chunked'
 
 
 def test_what_does_not_fit_is_named():

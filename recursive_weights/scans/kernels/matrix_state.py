@@ -11,7 +11,7 @@ the state at the start of every chunk and what tokens wrote, in the dtype of v.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,26 +20,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
 from recursive_weights.scans import chunks
+from recursive_weights.scans.kernels import products
+from recursive_weights.scans.kernels.plan import Inside, Plan, dot
 
 CHUNK = 16
-
-
-class Plan(NamedTuple):
-  """What is known before a trace.
-
-  delta: the delta rule, else linear attention. exclusive: tokens read before
-  they write, but for their bonus. fresh: resets bring in a state. repeats:
-  heads of values for one of keys. precision: of products of float32. warps: of
-  a program without and with a state.
-  """
-
-  delta: bool
-  exclusive: bool
-  fresh: bool
-  repeats: int
-  precision: str
-  interpret: bool
-  warps: tuple[int, int] = (4, 8)
 
 
 def fits(given: chunks.Inputs) -> bool:
@@ -54,6 +38,7 @@ def scan(
   delta: bool,
   bonus_HK: Array | None = None,
   precision: str = 'highest',
+  by_products: bool = False,
   interpret: bool | None = None,
 ) -> tuple[Array, Array]:
   """Outputs `[B, T, H, V]` and the last state `[B, H, K, V]`.
@@ -62,6 +47,7 @@ def scan(
     given: checked inputs that `fits` takes.
     delta: the delta rule; else linear attention, with RWKV-6's `bonus_HK`.
     precision: of products of float32; the inverse is always at 'highest'.
+    by_products: what depends on no state by the kernels of `products`.
     interpret: run without a GPU, slowly; None: where there is none.
 
   Raises:
@@ -80,9 +66,18 @@ def scan(
   fresh = given.fresh_BHKV
   repeats = heads // groups
   plan = Plan(
-    delta, exclusive, fresh is not None, repeats, precision, interpret
+    delta=delta,
+    exclusive=exclusive,
+    fresh=fresh is not None,
+    repeats=repeats,
+    precision=precision,
+    interpret=interpret,
+    narrow=given.v_BTHV.dtype.itemsize == 2,
+    by_products=by_products,
+    chunk=products.CHUNK if by_products else CHUNK,
+    warps=(1, 8) if by_products else (4, 8),
   )
-  padded = -(-length // CHUNK) * CHUNK
+  padded = -(-length // plan.chunk) * plan.chunk
 
   def lay(x):
     """`[B, T, H, ...]` to `[B H, T, ...]`, zeros after the last token."""
@@ -137,23 +132,23 @@ class _Laid(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _scan(inputs, plan):
-  inside = _inside(inputs, plan)
+  inside, _ = _inside(inputs, plan)
   return _along(inside, inputs, plan, False)[:2]
 
 
 def _scan_forward(inputs, plan):
-  inside = _inside(inputs, plan)
+  inside, kept = _inside(inputs, plan)
   y, last, starts, *written = _along(inside, inputs, plan, True)
   written = written[0] if plan.delta else inputs.v
-  return (y, last), (inputs, inside, starts, written)
+  return (y, last), (inputs, inside, kept, starts, written)
 
 
 def _scan_backward(plan, saved, cotangents):
-  inputs, inside, starts, written = saved
+  inputs, inside, kept, starts, written = saved
   dv, dstates, dinside = _back(
     inside, inputs, written, starts, *cotangents, plan
   )
-  dq, dk, dg, *rest = _inside_back(inputs, dinside, plan)
+  dq, dk, dg, *rest = _inside_back(inputs, kept, dinside, plan)
   gradient = _Laid(dq, dk, dv, dg, jnp.zeros_like(inputs.resets), *dstates)
   if plan.delta:
     gradient = gradient._replace(beta=rest[0])
@@ -291,7 +286,7 @@ def _inside_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
     old_ref, solve_ref, *refs = refs
     beta = beta_ref[head, here]
     solve = _inverse(beta[:, None] * below, same) * beta[None]
-    old = _dot(solve, k * read)
+    old = dot(solve, k * read)
     old_ref[head, here, :] = old.astype(old_ref.dtype)
     solve_ref[head, here, :] = solve.astype(solve_ref.dtype)
   if plan.fresh:
@@ -299,41 +294,29 @@ def _inside_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
     fresh_read_ref[head, here, :] = (q * shares).astype(read_ref.dtype)
     fresh_whole_ref[head, index, :] = at.fresh_ends(after).sum(0)
     if plan.delta:
-      old = _dot(solve, k * shares)
+      old = dot(solve, k * shares)
       refs[0][head, here, :] = old.astype(read_ref.dtype)
 
 
 def _inverse(below, same):
   """`(I + L)^-1 = (I - L)(I + L^2)(I + L^4)(I + L^8)`, as L^16 = 0."""
   eye = jnp.where(same, 1.0, 0.0)
-  power = _dot(below, below)
+  power = dot(below, below)
   result = eye - below
   for _ in range(3):
-    result = result + _dot(result, power)
-    power = _dot(power, power)
+    result = result + dot(result, power)
+    power = dot(power, power)
   return result
-
-
-def _dot(a, b, precision='highest'):
-  """`a b` with sums in float32; `precision` is of factors in float32."""
-  if jax.default_backend() == 'cpu':
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  wide = a.dtype == jnp.float32 and b.dtype == jnp.float32
-  return jnp.dot(
-    a,
-    b,
-    precision=precision if wide else None,
-    preferred_element_type=jnp.float32,
-  )
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _inside(inputs, plan):
   """Of every chunk: `q` and `k` with their decays to its start and end, its
   whole decay, scores `[C, C]`; for the delta rule `M E K` and `M`; for a fresh
-  state its shares in what is read, at the end, and in `M E K`."""
+  state its shares in what is read, at the end, and in `M E K`. And what the
+  backward kernel of `products` wants of it again."""
   heads, length, keys = inputs.g.shape
-  count = length // CHUNK
+  count = length // plan.chunk
 
   def like(*shape, dtype=inputs.v.dtype):
     return jax.ShapeDtypeStruct((heads, *shape), dtype)
@@ -342,20 +325,25 @@ def _inside(inputs, plan):
     like(length, keys),
     like(length, keys),
     like(count, keys, dtype=jnp.float32),
-    like(length, CHUNK),
+    like(length, plan.chunk),
   ]
   if plan.delta:
-    out += [like(length, keys), like(length, CHUNK)]
+    out += [like(length, keys), like(length, plan.chunk)]
   if plan.fresh:
     out += [like(length, keys), like(count, keys, dtype=jnp.float32)]
     out += [like(length, keys)] * plan.delta
   grid, warps, args = (count, heads), plan.warps[0], inputs.inside()
-  return _call(_inside_kernel, 'scan_inside', out, grid, warps, 1, plan, *args)
+  kernel, count = _inside_kernel, len(out)
+  if plan.by_products:
+    kernel = products.inside_kernel
+    out += [like(length, plan.chunk, dtype=jnp.float32)] * plan.delta
+  found = _call(kernel, 'scan_inside', out, grid, warps, 1, plan, *args)
+  return found[:count], found[count:]
 
 
 def _along_kernel(*refs, plan):
-  inside, refs = _Inside.of(refs, plan)
-  dot = functools.partial(_dot, precision=plan.precision)
+  inside, refs = Inside.of(refs, plan)
+  product = functools.partial(dot, precision=plan.precision)
   v_ref, state_ref, *refs = refs
   fresh = None
   if plan.fresh:
@@ -365,56 +353,33 @@ def _along_kernel(*refs, plan):
   head = pl.program_id(0)
 
   def body(index, state):
-    here = pl.ds(index * CHUNK, CHUNK)
+    here = pl.ds(index * plan.chunk, plan.chunk)
     narrow = state.astype(v_ref.dtype)
     written = v_ref[head, here, :]
     if plan.delta:
-      written = dot(inside.solve[head, here, :], written)
-      written -= dot(inside.old[head, here, :], narrow)
+      written = product(inside.solve[head, here, :], written)
+      written -= product(inside.old[head, here, :], narrow)
       if plan.fresh:
-        written -= dot(
+        written -= product(
           inside.fresh_old[head, here, :], fresh.astype(v_ref.dtype)
         )
       written = written.astype(v_ref.dtype)
-    y = dot(inside.read[head, here, :], narrow)
-    y += dot(inside.score[head, here, :], written)
+    y = product(inside.read[head, here, :], narrow)
+    y += product(inside.score[head, here, :], written)
     if kept_refs:
       kept_refs[0][head, index, :, :] = narrow
     if kept_refs[1:]:
       kept_refs[1][head, here, :] = written
     state = inside.whole[head, index, :][:, None] * state
     if plan.fresh:
-      y += dot(inside.fresh_read[head, here, :], fresh.astype(v_ref.dtype))
+      y += product(inside.fresh_read[head, here, :], fresh.astype(v_ref.dtype))
       state += inside.fresh_whole[head, index, :][:, None] * fresh
     y_ref[head, here, :] = y.astype(y_ref.dtype)
-    return state + dot(inside.write[head, here, :].T, written)
+    return state + product(inside.write[head, here, :].T, written)
 
   state = state_ref[head, :, :].astype(jnp.float32)
   count = inside.whole.shape[1]
   last_ref[head, :, :] = jax.lax.fori_loop(0, count, body, state)
-
-
-class _Inside(NamedTuple):
-  """What `_inside` gives, or references to it, by name."""
-
-  read: Any
-  write: Any
-  whole: Any
-  score: Any
-  old: Any = None
-  solve: Any = None
-  fresh_read: Any = None
-  fresh_whole: Any = None
-  fresh_old: Any = None
-
-  @classmethod
-  def of(cls, refs, plan):
-    """From the first of some, and the others."""
-    names = cls._fields[:4] + cls._fields[4:6] * plan.delta
-    names += cls._fields[6:8] * plan.fresh
-    names += cls._fields[8:] * (plan.fresh and plan.delta)
-    found = dict(zip(names, refs, strict=False))
-    return cls(**found), refs[len(names) :]
 
 
 @functools.partial(jax.jit, static_argnames=('plan', 'keep'))
@@ -425,7 +390,7 @@ def _along(inside, inputs, plan, keep):
   out = [like_v, jax.ShapeDtypeStruct(state.shape, jnp.float32)]
   if keep:
     heads, *sizes = state.shape
-    count = v.shape[1] // CHUNK
+    count = v.shape[1] // plan.chunk
     out.append(jax.ShapeDtypeStruct((heads, count, *sizes), v.dtype))
     out += [like_v] * plan.delta
   args = (*inside, v, *inputs.states())
@@ -434,8 +399,8 @@ def _along(inside, inputs, plan, keep):
 
 
 def _back_kernel(*refs, plan):
-  inside, refs = _Inside.of(refs, plan)
-  dot = functools.partial(_dot, precision=plan.precision)
+  inside, refs = Inside.of(refs, plan)
+  product = functools.partial(dot, precision=plan.precision)
   fresh = fresh_ref = None
   if plan.fresh:
     fresh_ref, *refs = refs
@@ -444,42 +409,42 @@ def _back_kernel(*refs, plan):
   dstate_ref, *refs = refs
   if plan.fresh:
     dfresh_ref, *refs = refs
-  grads, _ = _Inside.of(refs, plan)
+  grads, _ = Inside.of(refs, plan)
   head, count = pl.program_id(0), inside.whole.shape[1]
   dtype = v_ref.dtype
 
   def body(step, sums):
     dstate, dfresh = sums
     index = count - 1 - step
-    here = pl.ds(index * CHUNK, CHUNK)
+    here = pl.ds(index * plan.chunk, plan.chunk)
     start = start_ref[head, index, :, :]
     dy = dy_ref[head, here, :]
     written = written_ref[head, here, :]
     narrow = dstate.astype(dtype)
-    grads.read[head, here, :] = dot(dy, start.T)
-    grads.write[head, here, :] = dot(written, narrow.T)
+    grads.read[head, here, :] = product(dy, start.T)
+    grads.write[head, here, :] = product(written, narrow.T)
     grads.whole[head, index, :] = (dstate * start.astype(jnp.float32)).sum(1)
-    grads.score[head, here, :] = dot(dy, written.T)
-    dwritten = dot(inside.score[head, here, :].T, dy)
-    dwritten += dot(inside.write[head, here, :], narrow)
+    grads.score[head, here, :] = product(dy, written.T)
+    dwritten = product(inside.score[head, here, :].T, dy)
+    dwritten += product(inside.write[head, here, :], narrow)
     if plan.fresh:
       share = inside.fresh_whole[head, index, :][:, None]
       grads.fresh_whole[head, index, :] = (dstate * fresh).sum(1)
-      grads.fresh_read[head, here, :] = dot(dy, fresh.astype(dtype).T)
+      grads.fresh_read[head, here, :] = product(dy, fresh.astype(dtype).T)
       dfresh += share * dstate
-      dfresh += dot(inside.fresh_read[head, here, :].T, dy)
+      dfresh += product(inside.fresh_read[head, here, :].T, dy)
     dstate = inside.whole[head, index, :][:, None] * dstate
-    dstate += dot(inside.read[head, here, :].T, dy)
+    dstate += product(inside.read[head, here, :].T, dy)
     if plan.delta:
       dwritten = dwritten.astype(dtype)
-      grads.old[head, here, :] = -dot(dwritten, start.T)
-      grads.solve[head, here, :] = dot(dwritten, v_ref[head, here, :].T)
-      dstate -= dot(inside.old[head, here, :].T, dwritten)
+      grads.old[head, here, :] = -product(dwritten, start.T)
+      grads.solve[head, here, :] = product(dwritten, v_ref[head, here, :].T)
+      dstate -= product(inside.old[head, here, :].T, dwritten)
       if plan.fresh:
-        dold = -dot(dwritten, fresh.astype(dtype).T)
+        dold = -product(dwritten, fresh.astype(dtype).T)
         grads.fresh_old[head, here, :] = dold
-        dfresh -= dot(inside.fresh_old[head, here, :].T, dwritten)
-      dwritten = dot(inside.solve[head, here, :].T, dwritten)
+        dfresh -= product(inside.fresh_old[head, here, :].T, dwritten)
+      dwritten = product(inside.solve[head, here, :].T, dwritten)
     dv_ref[head, here, :] = dwritten.astype(dv_ref.dtype)
     return dstate, dfresh
 
@@ -510,7 +475,7 @@ def _inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
   refs = list(refs)
   beta_ref = refs.pop(0) if plan.delta else None
   bonus_ref = refs.pop(0) if plan.exclusive else None
-  grads, refs = _Inside.of(refs, plan)
+  grads, refs = Inside.of(refs, plan)
   dq_ref, dk_ref, dg_ref, *refs = refs
   head, index = pl.program_id(1), pl.program_id(0)
   here = pl.ds(index * CHUNK, CHUNK)
@@ -549,18 +514,18 @@ def _inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
     solve = inverse * beta[None]
     dold = grads.old[head, here, :]
     dsolve = grads.solve[head, here, :]
-    dsolve += _dot(dold, (k * read).T)
-    decayed = _dot(solve.T, dold) * read
+    dsolve += dot(dold, (k * read).T)
+    decayed = dot(solve.T, dold) * read
     dk += decayed
     dprefix += decayed * k
     if plan.fresh:
       dold = grads.fresh_old[head, here, :]
-      dsolve += _dot(dold, (k * shares).T)
-      dold = _dot(solve.T, dold)
+      dsolve += dot(dold, (k * shares).T)
+      dold = dot(solve.T, dold)
       dk += dold * shares
       dshares += dold * k
     dinverse = dsolve * beta[None]
-    dlower = -_dot(_dot(inverse.T, dinverse), inverse.T)
+    dlower = -dot(dot(inverse.T, dinverse), inverse.T)
     dlower = jnp.where(rows_C1 > columns_1C, dlower, 0.0)
     dbeta = (dsolve * inverse).sum(0) + (dlower * below).sum(1)
     refs[0][head, here] = dbeta
@@ -600,8 +565,8 @@ def _inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
   onward = columns_1C > rows_C1 if plan.exclusive else columns_1C >= rows_C1
   onward = jnp.where(onward, 1.0, 0.0)
   before = jnp.where(columns_1C < rows_C1, 1.0, 0.0)
-  dg = _dot(onward, of_rows + dprefix) - late_columns
-  dg += _dot(before, dsuffix)
+  dg = dot(onward, of_rows + dprefix) - late_columns
+  dg += dot(before, dsuffix)
   dg += (grads.whole[head, index, :] * at.whole)[None]
   # What a gate shut entirely decays is zero; sums in another order are not.
   dg_ref[head, here, :] = jnp.where(at.g == -jnp.inf, 0.0, dg) + dborn
@@ -611,10 +576,10 @@ def _inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
 
 
 @functools.partial(jax.jit, static_argnames='plan')
-def _inside_back(inputs, dinside, plan):
+def _inside_back(inputs, kept, dinside, plan):
   """Gradients of q, k, g, and of beta or, by chunk, of the bonus."""
   heads, length, keys = inputs.g.shape
-  count = length // CHUNK
+  count = length // plan.chunk
 
   def like(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct((heads, *shape), dtype)
@@ -625,10 +590,13 @@ def _inside_back(inputs, dinside, plan):
     out.append(like(length))
   if plan.exclusive:
     out.append(like(count, keys))
-  args = (*inputs.inside(), *dinside)
+  args = (*inputs.inside(), *kept, *dinside)
   grid, warps = (count, heads), plan.warps[0]
+  kernel = _inside_back_kernel
+  if plan.by_products:
+    kernel = products.inside_back_kernel
   dq, dk, *rest = _call(
-    _inside_back_kernel, 'scan_inside_back', out, grid, warps, 1, plan, *args
+    kernel, 'scan_inside_back', out, grid, warps, 1, plan, *args
   )
 
   def shared(x, like):

@@ -23,6 +23,7 @@ characters, read afresh. 800 steps of 28 rows, in nats a character:
                                     1.996 1.982           (mean)       (mean)
   basis        113,108   80.4 %     1.959                 2.008        2.027
   hub          542,080              2.169                 2.218        2.215
+  ring         542,080              2.201                 2.250        2.239
 
 `of eight`: against eight models of their own, the centre and seven members.
 Every member of `derived` is better on its own domain than the seven are on
@@ -32,8 +33,9 @@ members, each of which sees a seventh of the text), and specialising a little
 (.003 to .015 less than one model for all). Operators and low-rank adapters of
 exactly the same size are equal: 1.973 against 1.975, a difference of -.002 with
 a standard error of .005 over five seeds. Members whose copies of the centre a
-hub synchronises beat that centre after the last synchronisation, 2.169 against
-2.215, but learn more slowly than those that train together.
+hub or a ring synchronises beat that centre after the last synchronisation,
+2.169 against 2.215 and 2.201 against 2.239, but learn more slowly than those
+that train together (one seed each).
 
 LOGOS alone, by step (`curves`, validation, seed 0): operators are after 300
 steps where an independent model is after 800.

@@ -33,17 +33,33 @@ puzzles by steps of the recursion:
   `six,symmetric`               30,977     .617  .973  .998  .998  .998  .998
   `six,symmetric,plain`         30,977     .002
 
-(validation at 8 steps: `six,symmetric` .996). `symmetric` is a cell without
-weights of its own for any digit or cell; a step of it took a second while the
-machine had much else to do.
+(validation at 8 steps: `six,symmetric` .996; seeds 1 and 2 of it have .998 and
+.992 in 8 test steps). `symmetric` is a cell without weights of its own for any
+digit or cell; a step of it takes half a second to a second of a CPU core.
+
+Leaving early: 1,000 test puzzles of 6 x 6, 250 at a time, `six,symmetric`, seed
+1. All 16 steps solve .994 in 57 s of a CPU core; rows that leave where the head
+is sure to .95, which validation puzzles chose, solve .994 too, after 2.3 steps
+on average and in 17 s, 30 % of the time (finished rows are taken out every four
+steps; every step or two: 13 of 93 and 12 of 71 s, on a busier machine).
+
+  python train.py --config=configs/trm_mini.py:six,symmetric,exit \\
+      --config.seed=1 --workdir=runs/exit
+  python eval.py --workdir=runs/exit --config.model.steps=16 \\
+      --config.task.eval_size=1000 --config.training.batch_size=250
 
 Variants, joined by commas: `smoke`, `six`, `nine` (sizes of the puzzle; `nine`
-is not trained), `attention`, `symmetric`, `plain`, `deep`.
+is not trained), `attention`, `symmetric`, `plain`, `deep`, `exit` (measures
+what leaving early saves, and nothing else).
 """
 
 from recursive_weights import config as config_lib
+from recursive_weights.interfaces import UserError
 
-VARIANTS = ('smoke', 'six', 'nine', 'attention', 'symmetric', 'plain', 'deep')
+VARIANTS = (
+  *('smoke', 'six', 'nine', 'attention', 'symmetric', 'plain', 'deep'),
+  'exit',
+)
 
 
 def get_config(variant=None):
@@ -121,7 +137,17 @@ def get_config(variant=None):
     config.model.update(cell='attention', position='learned')
   if 'symmetric' in chosen:
     config.model.update(cell='symmetric', width=32)
+  if 'exit' in chosen:
+    config.evaluators.after = {
+      'early_exit': {
+        'splits': ('test',),
+        'metric': 'puzzle_accuracy',
+        'rule': 'last',
+      },
+    }
   if 'plain' in chosen or 'deep' in chosen:
+    if 'exit' in chosen:
+      raise UserError('exit needs a recursion: leave out plain and deep')
     config.model.update(states=1, cycles=1, inner=0, steps=1)
     config.training.slots.steps = 0
     config.evaluators.after = {

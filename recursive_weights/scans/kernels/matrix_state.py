@@ -75,7 +75,7 @@ def scan(
     narrow=given.v_BTHV.dtype.itemsize == 2,
     by_products=by_products,
     chunk=products.CHUNK if by_products else CHUNK,
-    warps=(1, 8) if by_products else (4, 8),
+    warps=(1 if by_products else 4, _warps(keys * values)),
   )
   padded = -(-length // plan.chunk) * plan.chunk
 
@@ -106,6 +106,11 @@ def scan(
   y, last = _scan(inputs, plan)
   y = jnp.moveaxis(y[:, :length].reshape(batch, heads, length, values), 1, 2)
   return y, last.reshape(batch, heads, keys, values)
+
+
+def _warps(size: int) -> int:
+  """Warps for a state of so many entries: up to 32 in a thread's registers."""
+  return min(max(size // 1024, 1), 8)
 
 
 class _Laid(NamedTuple):

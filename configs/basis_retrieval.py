@@ -52,8 +52,8 @@ Where questions of a cluster ask for different things (paragraphs) or clusters
 are held out whole (biomedical) none of fourteen methods beats the identity,
 .890 and .903, by more than the interval (±.04 and ±.07; paragraphs at 3:
 logistic regression .899), and with three questions a paragraph the basis that
-validation chose is worse, .855. With 18 or 30 answers and about 50 test questions the intervals,
-±.12, tell little.
+validation chose is worse, .855. With 18 or 30 answers and about 50 test
+questions the intervals, ±.12, tell little.
 
 What it takes is the identity as base, and `-|q W_i - a_i|²` as score: in an
 exploratory run, of which no file is kept, the angle instead cost .01 to .02 at

@@ -1,8 +1,8 @@
-"""What depends on no state, in chunks of 16 tokens and by matrix products.
+"""What depends on no state by matrix products: the first and fourth kernel.
 
-The two kernels that `terms` has for chunks of 16, with decays by dyadic anchors
-(see `scans.decay`). A pair of tokens j < i meets at one size h: they lie in the
-two halves of a block of 2h tokens, and
+They give what those of `matrix_state` give, whose decays are summed term by
+term, with dyadic anchors (see `scans.decay`). A pair of tokens j < i meets at
+one size h: they lie in the two halves of a block of 2h tokens, and
 
   decay(j to i) = exp(sum of g over the half of i, up to where it reads)
                 * exp(sum of g over the half of j, after it).
@@ -11,8 +11,12 @@ With E_h these two factors in one array (rows of upper halves, columns of lower
 ones), scores are the sum over h of `mask_h * (q E_h)(k E_h)^T`, and sums of g
 are products with matrices of zeros and ones. All terms of a sum have one sign,
 so no gate needs a bound. A gate of minus infinity counts as -1e30, whose
-exponential is zero too. Resets need no gates: `seen_CC` says which tokens stand
+exponential is zero too. Resets need no gates: `same_CC` says which tokens stand
 in one text, and everything else is masked.
+
+The sizes below have the fewest machine instructions a token of those compiled
+for an H100 (chunks of 16 to 64, columns of 16 to 128, 1 to 8 warps); the loops
+over levels and columns stay loops, unrolled they do not fit into registers.
 """
 
 import functools

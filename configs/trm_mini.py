@@ -38,10 +38,10 @@ puzzles by steps of the recursion:
 digit or cell; a step of it takes half a second to a second of a CPU core.
 
 Leaving early: 1,000 test puzzles of 6 x 6, 250 at a time, `six,symmetric`, seed
-1. All 16 steps solve .994 in 57 s of a CPU core; rows that leave where the head
+1. All 16 steps solve .994 in 84 s of a CPU core; rows that leave where the head
 is sure to .95, which validation puzzles chose, solve .994 too, after 2.3 steps
-on average and in 17 s, 30 % of the time (finished rows are taken out every four
-steps; every step or two: 13 of 93 and 12 of 71 s, on a busier machine).
+on average and in 23 s, 27 % of the time (finished rows are taken out every four
+steps).
 
   python train.py --config=configs/trm_mini.py:six,symmetric,exit \\
       --config.seed=1 --workdir=runs/exit

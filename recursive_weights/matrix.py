@@ -56,8 +56,9 @@ def main(overrides):
     )
   folder = pathlib.Path(given.workdir)
   members = module.TIERS[given.tier]
+  if 0 in command.numbers('learning_rates', given.learning_rates):
+    raise UserError('--learning_rates must be > 0, got one that is 0')
   # All are built first: a mistake in the last one costs no training.
-  command.numbers('learning_rates', given.learning_rates)
   for member in members:
     build(module, member, overrides)
   for member in members:

@@ -10,7 +10,7 @@ from recursive_weights.models.kernels import (
   wide_product,
 )
 from recursive_weights.models.layers import symmetric_block, trm_block
-from recursive_weights.scans.kernels import on_one_gpu
+from recursive_weights.scans.kernels import on_one_device
 
 
 def make(
@@ -82,5 +82,5 @@ def make(
 
 
 def on_one_hopper() -> bool:
-  """As `on_one_gpu`, of the Hopper generation."""
-  return on_one_gpu() and wide_product.available()
+  """Whether what is traced runs by itself on a GPU of the Hopper generation."""
+  return on_one_device() and wide_product.available()

@@ -5,7 +5,12 @@ from jax.sharding import AxisType
 
 
 def on_one_gpu() -> bool:
-  """Whether what is traced runs on a GPU by itself.
+  """Whether what is traced runs on a GPU by itself."""
+  return jax.default_backend() == 'gpu' and on_one_device()
+
+
+def on_one_device() -> bool:
+  """Whether what is traced runs on a device by itself.
 
   That is the only one, or one of those that each run the program by themselves
   (`jax.pmap`, `jax.shard_map`): a program that the compiler splits over several
@@ -13,4 +18,4 @@ def on_one_gpu() -> bool:
   """
   kinds = jax.sharding.get_abstract_mesh().axis_types
   own = bool(kinds) and all(kind == AxisType.Manual for kind in kinds)
-  return jax.default_backend() == 'gpu' and (own or jax.device_count() == 1)
+  return own or jax.device_count() == 1

@@ -133,6 +133,7 @@ def get_config(variant=None):
     'tied': True,
     'embedding_norm': False,
     'dropout': 0.0,
+    'algorithm': 'auto',  # GPU kernels of the scans where they fit
     'chunk': 16,
     'precision': 'highest',
     'remat': True,  # also faster

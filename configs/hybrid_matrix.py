@@ -48,7 +48,8 @@ took 4e-3, the largest of the three rates tried (1e-3, 2e-3, 4e-3; 200 steps,
 seed 0: 1.398 for the baseline, 1.392 for `mamba2`, 1.567 for `rwkv6`, 1.737 for
 `attention`), so none is tuned to the end, and by that one seed Mamba-2 alone is
 as good as the hybrid. Longer runs know the text by heart: an earlier baseline
-at 2e-3 was at a training loss of .65 after 1,200 steps. Three seeds in one
+at 2e-3, of which no file is left, was at a training loss of .65 after 1,200
+steps. Three seeds in one
 program take 166 ms a step for the baseline (296,000 characters a second), 86
 for `rwkv6`, 74 for `attention`, 285 for `mamba2`. All in
 `benchmarks/results/hybrid_matrix_shakespeare.jsonl`; the run was
@@ -56,6 +57,8 @@ for `rwkv6`, 74 for `attention`, 285 for `mamba2`. All in
   python -m recursive_weights.matrix --config=configs/hybrid_matrix.py \\
       --tier=3 --learning_rates=1e-3,2e-3,4e-3 --screen_steps=200 --path=TEXT \\
       --config.training.steps=400 --config.training.evaluate_every=50
+
+(but for a copy of this config without gates and checkpoints on the way).
 
 Gate G2 warns of the baseline and fails the pure models: untrained they repeat
 the token they have read, as a tied head of width 256 sees an input of size .02

@@ -58,7 +58,7 @@ IDENTITY = (
 )
 
 # Parts of those that only say how the same is computed, up to rounding.
-EXECUTION = ('model.unrolled', 'model.remat')
+EXECUTION = ('model.unrolled', 'model.remat', 'model.algorithm')
 
 
 def differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:

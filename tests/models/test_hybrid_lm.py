@@ -485,6 +485,7 @@ def test_sizes_are_what_they_are_called():
     ({'pattern': '3R1M', 'layers': 6}, 'layers must be a multiple of the 4'),
     ({'anchors': (9,)}, 'anchors must be layers from 0 to 1'),
     ({'head_width': 5}, 'head_width must divide'),
+    ({'algorithm': 'quick'}, "algorithm must be one of .* got 'quick'"),
     ({'fusion': 'sum'}, 'fusion must be one of'),
     ({'norm': 'batch'}, 'norm must be one of'),
     ({'initial': 'random'}, 'initial must be one of'),
@@ -508,6 +509,27 @@ def test_a_task_that_is_no_text_is_refused():
   spec = Spec(jax.ShapeDtypeStruct((4,), jnp.int32), (4,), 3, {})
   with pytest.raises(UserError, match='inputs tokens and resets'):
     hybrid_lm.make(spec)
+
+
+def test_kernels_of_the_scans_give_the_same_layers():
+  fields = SMALL | {'layers': 1, 'head_width': 16, 'state_width': 16}
+  tokens, resets = text()
+  params = jit(hybrid_lm.decoder(VOCABULARY, **fields).init)(jax.random.key(0))
+  # Blocks that add nothing at the start would hide a difference.
+  params = jax.tree.map(lambda x: x + 0.1, params)
+
+  def run(algorithm):
+    decoder = hybrid_lm.decoder(VOCABULARY, algorithm=algorithm, **fields)
+    cache = decoder.cache(params, ROWS)
+    x, pending = decoder.blocks(
+      params, cache, decoder.embed(params, tokens), resets_BT=resets
+    )
+    return x, [decoder.commit(cache, pending, lengths(3, TOKENS))]
+
+  plain, fused = (
+    jit(lambda name=name: run(name))() for name in ('chunked', 'fused')
+  )
+  chex.assert_trees_all_close(fused, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -148,37 +148,27 @@ def test_fsdp_shards_what_it_should():
   assert b.sharding.shard_shape(b.shape) == b.shape
 
 
-def test_seeds_in_one_program_are_separate_runs(tmp_path):
-  both = toy.experiment(num_seeds=2, seed=3)
+@pytest.mark.parametrize(
+  'shared, apart',
+  [
+    ({}, [{}, {'seed': 4}]),
+    (
+      {'rate_factors': (0.5, 2.0)},
+      [{'optimizer__learning_rate': rate} for rate in (5e-4, 2e-3)],
+    ),
+  ],
+  ids=['seeds', 'rates'],
+)
+def test_members_of_one_program_are_separate_runs(tmp_path, shared, apart):
+  both = toy.experiment(num_seeds=2, **{'seed': 3} | shared)
   results = loop.run(both, tmp_path / 'both')
-  states = final_state(both, tmp_path / 'both')
-  for index in range(2):
-    alone = toy.experiment(seed=3 + index)
+  states = final_state(both, tmp_path / 'both')._replace(rate=())
+  for index, changes in enumerate(apart):
+    alone = toy.experiment(**{'seed': 3} | changes)
     values = loop.run(alone, tmp_path / str(index))
     chex.assert_trees_all_close(
       jax.tree.map(lambda x, i=index: x[i], states),
       final_state(alone, tmp_path / str(index)),
-      rtol=1e-5,
-      atol=1e-6,
-    )
-    np.testing.assert_allclose(
-      results[f'validation/loss/seed{index}'],
-      values['validation/loss'],
-      rtol=1e-4,
-    )
-
-
-def test_rates_in_one_program_are_separate_runs(tmp_path):
-  both = toy.experiment(num_seeds=2, seed=3, rate_factors=(0.5, 2.0))
-  results = loop.run(both, tmp_path / 'both')
-  states = final_state(both, tmp_path / 'both')
-  rate = both.config['optimizer']['learning_rate']
-  for index, factor in enumerate((0.5, 2.0)):
-    alone = toy.experiment(seed=3, optimizer__learning_rate=factor * rate)
-    values = loop.run(alone, tmp_path / str(index))
-    chex.assert_trees_all_close(
-      jax.tree.map(lambda x, i=index: x[i], states.params),
-      final_state(alone, tmp_path / str(index)).params,
       rtol=1e-5,
       atol=1e-6,
     )

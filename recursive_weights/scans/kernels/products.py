@@ -294,17 +294,19 @@ def inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
       return dq + more_q, dk + more_k, dg
 
     dq, dk, dg = text.over_levels(level, (dq, dk, jnp.zeros_like(dq)))
-    # The state at the start, in what is read.
-    read, dread = at.read(), grads.read[head, here, at.columns]
-    more = dread.astype(jnp.float32) * read
-    dq += more
-    more = more * at.q
-    if plan.delta:
-      dold = grads.old[head, here, at.columns].astype(dtype)
-      dold = product(solve.T, dold) * read
-      dk += dold
-      more += dold * at.k
-    dg += _sums(text.prefix().T, more, plan, 1)
+
+    def reads(share, ones, dread_ref, dold_ref):
+      """Gradients through a state's share in what rows read."""
+      dq = dread_ref[head, here, at.columns].astype(jnp.float32) * share
+      dk, dsums = jnp.zeros_like(dq), dq * at.q
+      if plan.delta:
+        dold = dold_ref[head, here, at.columns].astype(dtype)
+        dk = product(solve.T, dold) * share
+        dsums += dk * at.k
+      return dq, dk, _sums(ones.T, dsums, plan, 1)
+
+    more = reads(at.read(), text.prefix(), grads.read, grads.old)
+    dq, dk, dg = dq + more[0], dk + more[1], dg + more[2]
     # What is written, at the end.
     dwrite = grads.write[head, here, at.columns]
     more = dwrite.astype(jnp.float32) * at.write()
@@ -312,16 +314,9 @@ def inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
     dg += _sums(text.suffix().T, more * at.k, plan, 1)
     dg += (grads.whole[head, text.index, at.columns] * at.whole())[None]
     if plan.fresh:
-      shares = at.shares()
-      more = grads.fresh_read[head, here, at.columns] * shares
-      dq += more
-      more = more * at.q
-      if plan.delta:
-        dold = grads.fresh_old[head, here, at.columns].astype(dtype)
-        dold = product(solve.T, dold) * shares
-        dk += dold
-        more += dold * at.k
-      dg += _sums(text.own().T, more, plan, 1)
+      fresh = grads.fresh_read, grads.fresh_old
+      more = reads(at.shares(), text.own(), *fresh)
+      dq, dk, dg = dq + more[0], dk + more[1], dg + more[2]
       ends = grads.fresh_whole[head, text.index, at.columns] * at.fresh_whole()
       dg += ends[None] * text.final_C1
     # What a gate shut entirely decays is zero.

@@ -137,14 +137,6 @@ def get_config(variant=None):
     config.model.update(cell='attention', position='learned')
   if 'symmetric' in chosen:
     config.model.update(cell='symmetric', width=32)
-  if 'exit' in chosen:
-    config.evaluators.after = {
-      'early_exit': {
-        'splits': ('test',),
-        'metric': 'puzzle_accuracy',
-        'rule': 'last',
-      },
-    }
   if 'plain' in chosen or 'deep' in chosen:
     if 'exit' in chosen:
       raise UserError('exit needs a recursion: leave out plain and deep')
@@ -166,4 +158,12 @@ def get_config(variant=None):
     config.checkpoint.every = 4
     config.optimizer.schedule.warmup_steps = 2
     config.evaluators.after = {'accuracy': {'splits': ('validation', 'test')}}
+  if 'exit' in chosen:
+    config.evaluators.after = {
+      'early_exit': {
+        'splits': ('test',),
+        'metric': 'puzzle_accuracy',
+        'rule': 'last',
+      },
+    }
   return config

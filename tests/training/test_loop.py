@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import toy
 
+from recursive_weights import build
+from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
 from recursive_weights.training import checkpoints, loop, metrics
 
@@ -177,6 +179,14 @@ def test_members_of_one_program_are_separate_runs(tmp_path, shared, apart):
       values['validation/loss'],
       rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize('factors', [(1.0,), (1.0, 0.0)])
+def test_rates_that_fit_no_members_are_refused(factors):
+  config = config_lib.base()
+  config.num_seeds, config.rate_factors = 2, factors
+  (error,) = build.check(config_lib.to_data(config))
+  assert error.startswith('rate_factors must be () or one factor > 0 for each')
 
 
 def test_accumulation_is_the_large_batch(whole, tmp_path):

@@ -17,6 +17,8 @@ SUDOKU = [
   '',
   'kaggle',
   'slices',
+  'constraints',
+  'constraints,kaggle',
   'attention',
   'attention,prefix16',
   'mixer',
@@ -111,6 +113,7 @@ def test_flat_nets_have_equal_parameters_or_equal_arithmetic():
 def test_what_excludes_each_other_is_refused():
   for name, variant in (
     ('trm_sudoku', 'mixer,attention'),
+    ('trm_sudoku', 'mixer,constraints'),
     ('trm_sudoku', 'T2n2,layers4'),
     ('trm_maze', 'flat,flat_deep'),
     ('trm_arc', 'arc1,arc2'),

@@ -135,7 +135,7 @@ def main() -> None:
     '--algorithm',
     nargs='+',
     default=list(chunks.ALGORITHMS),
-    choices=(*chunks.ALGORITHMS, 'fused', 'products'),
+    choices=(*chunks.ALGORITHMS, 'fused'),
   )
   parser.add_argument('--chunk', type=int, nargs='+', default=[64])
   parser.add_argument('--dtype', nargs='+', default=['float32'])

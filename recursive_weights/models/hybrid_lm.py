@@ -25,7 +25,7 @@ from recursive_weights.models.decoder import from_decoder, text_spec
 from recursive_weights.models.layers import past, trm_block
 
 INITIAL = ('learned', 'zeros')
-ALGORITHMS = ('auto', 'chunked', 'fused', 'products')
+ALGORITHMS = ('auto', 'chunked', 'fused')
 PRECISIONS = ('default', 'high', 'highest')
 
 # Sizes with pattern 'H', by the number of parameters at a vocabulary of 97
@@ -101,8 +101,7 @@ def make(
     tied: the head is the transposed embedding.
     embedding_norm: a norm after the embedding, which then starts tiny.
     dropout: of what layers add, in training.
-    algorithm: of the scans, 'auto', 'chunked', or one of the GPU kernels, see
-      `scans`.
+    algorithm: of the scans, 'auto', 'chunked' or 'fused', see `scans`.
     chunk: tokens a chunk of the scans, a power of two: 32 on a CPU, 64 else.
     precision: of float32 products in the scans, one of `PRECISIONS`.
     remat: layers run again in the backward pass: a quarter of the memory, and

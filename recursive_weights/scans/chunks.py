@@ -15,7 +15,7 @@ from recursive_weights.interfaces import Array, Tree
 from recursive_weights.scans import decay
 
 ALGORITHMS = ('chunked', 'recurrent')
-KERNELS = ('fused', 'products', 'auto')
+KERNELS = ('fused', 'auto')
 
 
 class Pending(NamedTuple):

@@ -54,9 +54,9 @@ def scan(
       (gated delta rule). No bound: 0 keeps, minus infinity forgets.
     beta_BTH: strength of the correction.
     state, fresh, resets, mask: see the package; states are `[B, H, K, V]`.
-    algorithm: 'chunked', 'recurrent', 'fused' or 'products' (GPU kernels; K and
-      V must be powers of two from 16 to 256), or 'auto': fused on a GPU for
-      values of 16 bits where it can be, else chunked.
+    algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; K and V must be
+      powers of two from 16 to 256), or 'auto': fused on a GPU for values of 16
+      bits where it can be, else chunked.
     chunk: tokens a chunk, a power of two; 32 suits CPUs, 64 GPUs and TPUs.
     precision: of products of float32; operands of 16 bits stay what they are,
       the inverse is always float32 at 'highest'.
@@ -77,14 +77,13 @@ def scan(
   if algorithm == 'chunked':
     return _chunked(given, chunk, precision)[:2]
 
-  if algorithm in ('fused', 'products'):
+  if algorithm == 'fused':
     from recursive_weights.scans.kernels import matrix_state
 
     return matrix_state.scan(
       given,
       delta=True,
       precision=precision,
-      by_products=algorithm == 'products',
     )
 
   def one(state, q, k, v, log_decay, beta, resets):

@@ -47,9 +47,9 @@ def scan(
       No bound: 0 keeps, minus infinity forgets.
     bonus_HK: RWKV-6's u; tokens then read the state before they write.
     state, fresh, resets, mask: see the package; states are `[B, H, K, V]`.
-    algorithm: 'chunked', 'recurrent', 'fused' or 'products' (GPU kernels; K and
-      V must be powers of two from 16 to 256), or 'auto': fused on a GPU for
-      values of 16 bits where it can be, else chunked.
+    algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; K and V must be
+      powers of two from 16 to 256), or 'auto': fused on a GPU for values of 16
+      bits where it can be, else chunked.
     chunk: tokens a chunk, a power of two; 32 suits CPUs, 64 GPUs and TPUs.
     precision: of products of float32; operands of 16 bits stay what they are.
 
@@ -69,8 +69,8 @@ def scan(
   if algorithm == 'chunked':
     return _chunked(given, bonus_HK, chunk, precision)[:2]
 
-  if algorithm in ('fused', 'products'):
-    return _fused(given, bonus_HK, precision, algorithm)
+  if algorithm == 'fused':
+    return _fused(given, bonus_HK, precision)
 
   def one(state, q, k, v, log_decay, resets):
     options = {'resets': resets, 'fresh': given.fresh_BHKV}
@@ -115,8 +115,8 @@ def prefill(
     q_BTGK, k_BTGK, v_BTHV, log_decay, None, state, fresh, resets, mask
   )
   algorithm = chunks.resolve(algorithm, given)
-  if algorithm in ('fused', 'products'):
-    y, _ = _fused(given, bonus_HK, precision, algorithm)
+  if algorithm == 'fused':
+    y, _ = _fused(given, bonus_HK, precision)
     return y, chunks.pending_of(given)
   y, _, pending = _chunked(given, bonus_HK, chunk, precision)
   return y, pending
@@ -148,7 +148,7 @@ def step(
   return y_BHV.astype(v_BHV.dtype), after
 
 
-def _fused(given: chunks.Inputs, bonus_HK, precision, algorithm):
+def _fused(given: chunks.Inputs, bonus_HK, precision):
   from recursive_weights.scans.kernels import matrix_state
 
   return matrix_state.scan(
@@ -156,7 +156,6 @@ def _fused(given: chunks.Inputs, bonus_HK, precision, algorithm):
     delta=False,
     bonus_HK=bonus_HK,
     precision=precision,
-    by_products=algorithm == 'products',
   )
 
 

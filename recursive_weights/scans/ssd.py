@@ -43,9 +43,9 @@ def scan(
     a_H: A <= 0.
     b_BTGN, c_BTGN: input and output maps of G groups, G a divisor of H.
     state, fresh, resets, mask: see the package; states are `[B, H, N, V]`.
-    algorithm: 'chunked', 'recurrent', 'fused' or 'products' (GPU kernels; N and
-      V must be powers of two from 16 to 256), or 'auto': fused on a GPU for
-      values of 16 bits where it can be, else chunked.
+    algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; N and V must be
+      powers of two from 16 to 256), or 'auto': fused on a GPU for values of 16
+      bits where it can be, else chunked.
     chunk: tokens a chunk, a power of two.
     precision: of products of float32; operands of 16 bits stay what they are.
 

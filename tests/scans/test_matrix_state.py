@@ -97,11 +97,10 @@ def distances(found, expected):
 
 
 @pytest.mark.parametrize('rule', RULES)
-@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('gates', GATES)
-def test_fused_is_recurrent(rule, algorithm, gates):
+def test_fused_is_recurrent(rule, gates):
   given, flags = inputs_of(rule, gates), flags_of()
-  (_, outputs), gradients = program(rule, algorithm)(given, flags)
+  (_, outputs), gradients = program(rule, 'fused')(given, flags)
   (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
   assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
   assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
@@ -116,11 +115,10 @@ def test_fused_is_recurrent(rule, algorithm, gates):
     for rule in RULES
   ],
 )
-@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('gates', ['tame', 'shut'])
-def test_fused_with_a_fresh_state_is_recurrent(rule, algorithm, gates):
+def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
   given, flags = inputs_of(rule, gates, fresh=True), flags_of()
-  (_, outputs), gradients = program(rule, algorithm)(given, flags)
+  (_, outputs), gradients = program(rule, 'fused')(given, flags)
   (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
   assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
   assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
@@ -128,29 +126,27 @@ def test_fused_with_a_fresh_state_is_recurrent(rule, algorithm, gates):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('rule', ['rwkv6', 'kimi_delta'])
-def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule, algorithm):
+def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule):
   given, flags = inputs_of(rule, 'tame', jnp.bfloat16), flags_of()
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), given)
   exact = program(rule, 'recurrent')(wide, flags)
   ours, plain = (
     distances(program(rule, name)(given, flags), exact)
-    for name in (algorithm, 'chunked')
+    for name in ('fused', 'chunked')
   )
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
     # States are kept and read in 16 bits, which the plain form's are not.
     assert a < 2 * b + 5e-3
 
 
-@pytest.mark.parametrize('algorithm', ['fused', 'products'])
 @pytest.mark.parametrize('rule', RULES)
-def test_kernels_lower_for_a_gpu(rule, algorithm, monkeypatch):
+def test_kernels_lower_for_a_gpu(rule, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   given = inputs_of(rule, 'tame', jnp.bfloat16, fresh=True)
   program.cache_clear()
   try:
-    lowered = program(rule, algorithm).trace(given, flags_of())
+    lowered = program(rule, 'fused').trace(given, flags_of())
     text = lowered.lower(lowering_platforms=('cuda',)).as_text()
   finally:
     program.cache_clear()

@@ -1,9 +1,9 @@
 """Linear attention and the delta rule as two GPU kernels.
 
-Chunks of 16 tokens. The first kernel runs on all of them at once and makes what
-depends on no state: decays between tokens, summed term by term (no difference
-of sums, so no gate needs a bound), scores, and for the delta rule the inverse
-of its triangle. The second goes from chunk to chunk, the state in registers.
+Chunks of 16 tokens. The first kernel (`stateless`) runs on all of them at once
+and makes what depends on no state: decays between tokens, scores, and for the
+delta rule the inverse of its triangle. The second goes from chunk to chunk, the
+state in registers.
 
 Backward, a third goes from the last chunk to the first with the gradient of the
 state, and a fourth takes all chunks at once back to the inputs. Kept for it are
@@ -20,10 +20,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
 from recursive_weights.scans import chunks
-from recursive_weights.scans.kernels import products
+from recursive_weights.scans.kernels import stateless
 from recursive_weights.scans.kernels.plan import Inside, Plan, dot
-
-CHUNK = 16
 
 
 def fits(given: chunks.Inputs) -> bool:
@@ -38,7 +36,6 @@ def scan(
   delta: bool,
   bonus_HK: Array | None = None,
   precision: str = 'highest',
-  by_products: bool = False,
   interpret: bool | None = None,
 ) -> tuple[Array, Array]:
   """Outputs `[B, T, H, V]` and the last state `[B, H, K, V]`.
@@ -47,7 +44,6 @@ def scan(
     given: checked inputs that `fits` takes.
     delta: the delta rule; else linear attention, with RWKV-6's `bonus_HK`.
     precision: of products of float32; the inverse is always at 'highest'.
-    by_products: what depends on no state by the kernels of `products`.
     interpret: run without a GPU, slowly; None: where there is none.
 
   Raises:
@@ -73,9 +69,8 @@ def scan(
     precision=precision,
     interpret=interpret,
     narrow=given.v_BTHV.dtype.itemsize == 2,
-    by_products=by_products,
-    chunk=products.CHUNK if by_products else CHUNK,
-    warps=(1 if by_products else 4, _warps(keys * values)),
+    chunk=stateless.CHUNK,
+    warps=(1, _warps(keys * values)),
   )
   padded = -(-length // plan.chunk) * plan.chunk
 
@@ -176,144 +171,6 @@ def _call(kernel, name, out, grid, warps, stages, plan, *args):
   )(*args)
 
 
-class _Chunk:
-  """A chunk of one head in a kernel, its decays summed term by term."""
-
-  def __init__(self, q_ref, k_ref, g_ref, reset_ref, plan):
-    self.head, index = pl.program_id(1), pl.program_id(0)
-    self.group = self.head // plan.repeats
-    self.first = index * CHUNK
-    here = pl.ds(self.first, CHUNK)
-    self.k_ref, self.g_ref, self.reset_ref = k_ref, g_ref, reset_ref
-    self.plan = plan
-    self.q = q_ref[self.group, here, :].astype(jnp.float32)
-    self.k = k_ref[self.group, here, :].astype(jnp.float32)
-    self.resets_C1 = reset_ref[self.head, here][:, None] > 0
-    self.born = g_ref[self.head, here, :]  # what a reset brings in decays by
-    self.g = jnp.where(self.resets_C1, -jnp.inf, self.born)
-    self.whole = jnp.exp(self.g.sum(0))
-    self.rows_C1 = jnp.arange(CHUNK)[:, None]
-    self.columns_1C = jnp.arange(CHUNK)[None, :]
-
-  def row(self, j):
-    """Key, log decay, and that of what a reset brings in, of token j.
-
-    `[1, K]` each; the last is minus infinity where token j is no reset.
-    """
-    at = self.first + j
-    key = self.k_ref[self.group, at, :].astype(jnp.float32)[None]
-    g = self.g_ref[self.head, at, :][None]
-    reset = self.reset_ref[self.head, at] > 0
-    return key, jnp.where(reset, -jnp.inf, g), jnp.where(reset, g, -jnp.inf)
-
-  def reading(self, j):
-    """Rows that read what token j writes."""
-    return self.rows_C1 > j if self.plan.exclusive else self.rows_C1 >= j
-
-  def fresh_shares(self, between, born, j):
-    """The share of a state that reset j brings in, in what each row reads."""
-    reads = self.reading(j)
-    if self.plan.exclusive:  # another reset's token reads what that brings in
-      reads &= ~self.resets_C1
-    return jnp.where(reads, jnp.exp(between + born), 0.0)
-
-  def earlier(self, between, g, j):
-    """Log decay from column j - 1 to each row, given that from column j."""
-    return jnp.where(self.reading(j), between + g, between)
-
-  def decays(self, visit=None, sums=()):
-    """Log decays from the start of the chunk to where each row reads, from
-    each row to the end; for the delta rule `k_i decay k_j` below the diagonal;
-    shares of fresh states in what each row reads. `visit(sums, j, seen)` sees
-    each column's decayed key."""
-    zeros = jnp.zeros_like(self.k)
-    shares = zeros
-    if self.plan.fresh and self.plan.exclusive:
-      shares = jnp.where(self.resets_C1, 1.0, zeros)
-
-    def body(step, loop):
-      between, after, below, shares, sums = loop
-      j = CHUNK - 1 - step
-      key, g, born = self.row(j)
-      seen = jnp.exp(between) * key
-      if visit is not None:
-        sums = visit(sums, j, seen)
-      if self.plan.delta:
-        column = (self.k * seen).sum(1)[:, None]
-        column = jnp.where(self.rows_C1 > j, column, 0.0)
-        below = jnp.where(self.columns_1C == j, column, below)
-      if self.plan.fresh:
-        shares += self.fresh_shares(between, born, j)
-      after = jnp.where(self.rows_C1 < j, after + g, after)
-      return self.earlier(between, g, j), after, below, shares, sums
-
-    below = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-    return jax.lax.fori_loop(
-      0, CHUNK, body, (zeros, zeros, below, shares, sums)
-    )
-
-  def fresh_ends(self, after):
-    """The share of what each row's reset brings in, at the end."""
-    return jnp.where(self.resets_C1, jnp.exp(self.born + after), 0.0)
-
-
-def _inside_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
-  refs = list(refs)
-  beta_ref = refs.pop(0) if plan.delta else None
-  bonus_ref = refs.pop(0) if plan.exclusive else None
-  read_ref, write_ref, whole_ref, score_ref, *refs = refs
-  head, index = pl.program_id(1), pl.program_id(0)
-  here = pl.ds(index * CHUNK, CHUNK)
-  at = _Chunk(q_ref, k_ref, g_ref, reset_ref, plan)
-  q, k = at.q, at.k
-  same = at.rows_C1 == at.columns_1C
-  own_CC = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-  old_q = q
-  if plan.exclusive:
-    own_C = (q * k * bonus_ref[head, :][None]).sum(1)
-    own_CC = jnp.where(same, own_C[:, None], 0.0)
-    # A reset keeps its token from reading all but its own.
-    old_q = jnp.where(at.resets_C1, 0.0, q)
-
-  def visit(score, j, seen):
-    column = jnp.where(at.reading(j), (old_q * seen).sum(1)[:, None], 0.0)
-    return jnp.where(at.columns_1C == j, column, score)
-
-  between, after, below, shares, score = at.decays(
-    visit, jnp.zeros_like(own_CC)
-  )
-  read = jnp.exp(between)
-  read_ref[head, here, :] = (old_q * read).astype(read_ref.dtype)
-  write_ref[head, here, :] = (k * jnp.exp(after)).astype(write_ref.dtype)
-  whole_ref[head, index, :] = at.whole
-  score_ref[head, here, :] = (score + own_CC).astype(score_ref.dtype)
-  if plan.delta:
-    old_ref, solve_ref, *refs = refs
-    beta = beta_ref[head, here]
-    solve = _inverse(beta[:, None] * below, same) * beta[None]
-    old = dot(solve, k * read)
-    old_ref[head, here, :] = old.astype(old_ref.dtype)
-    solve_ref[head, here, :] = solve.astype(solve_ref.dtype)
-  if plan.fresh:
-    fresh_read_ref, fresh_whole_ref, *refs = refs
-    fresh_read_ref[head, here, :] = (q * shares).astype(read_ref.dtype)
-    fresh_whole_ref[head, index, :] = at.fresh_ends(after).sum(0)
-    if plan.delta:
-      old = dot(solve, k * shares)
-      refs[0][head, here, :] = old.astype(read_ref.dtype)
-
-
-def _inverse(below, same):
-  """`(I + L)^-1 = (I - L)(I + L^2)(I + L^4)(I + L^8)`, as L^16 = 0."""
-  eye = jnp.where(same, 1.0, 0.0)
-  power = dot(below, below)
-  result = eye - below
-  for _ in range(3):
-    result = result + dot(result, power)
-    power = dot(power, power)
-  return result
-
-
 @functools.partial(jax.jit, static_argnames='plan')
 def _inside(inputs, plan):
   """Of every chunk: `q` and `k` with their decays to its start and end, its
@@ -338,10 +195,9 @@ def _inside(inputs, plan):
     out += [like(length, keys), like(count, keys, dtype=jnp.float32)]
     out += [like(length, keys)] * plan.delta
   grid, warps, args = (count, heads), plan.warps[0], inputs.inside()
-  kernel, count = _inside_kernel, len(out)
-  if plan.by_products:
-    kernel = products.inside_kernel
-    out += [like(length, plan.chunk, dtype=jnp.float32)] * plan.delta
+  count = len(out)
+  out += [like(length, plan.chunk, dtype=jnp.float32)] * plan.delta
+  kernel = stateless.forward_kernel
   found = _call(kernel, 'scan_inside', out, grid, warps, 1, plan, *args)
   return found[:count], found[count:]
 
@@ -476,110 +332,6 @@ def _back(inside, inputs, written, starts, dy, dlast, plan):
   return dv, rest[: len(states)], rest[len(states) :]
 
 
-def _inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
-  refs = list(refs)
-  beta_ref = refs.pop(0) if plan.delta else None
-  bonus_ref = refs.pop(0) if plan.exclusive else None
-  grads, refs = Inside.of(refs, plan)
-  dq_ref, dk_ref, dg_ref, *refs = refs
-  head, index = pl.program_id(1), pl.program_id(0)
-  here = pl.ds(index * CHUNK, CHUNK)
-  at = _Chunk(q_ref, k_ref, g_ref, reset_ref, plan)
-  q, k, rows_C1, columns_1C = at.q, at.k, at.rows_C1, at.columns_1C
-  same = rows_C1 == columns_1C
-  dscore = grads.score[head, here, :]
-  dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
-  old_q = q
-  if plan.exclusive:
-    bonus = bonus_ref[head, :][None]
-    own_C1 = jnp.where(same, dscore, 0.0).sum(1)[:, None]
-    dq, dk = own_C1 * k * bonus, own_C1 * q * bonus
-    refs[0][head, index, :] = (own_C1 * q * k).sum(0)
-    old_q = jnp.where(at.resets_C1, 0.0, q)
-
-  between, after, below, shares, _ = at.decays()
-  read, write = jnp.exp(between), jnp.exp(after)
-  dold_q = grads.read[head, here, :] * read
-  dwrite = grads.write[head, here, :] * write
-  dk += dwrite
-  dprefix, dsuffix = dold_q * old_q, dwrite * k
-  dbelow = jnp.zeros_like(dscore)
-  # Gradients of fresh states' shares, and of the decays at their resets.
-  dshares, dborn = jnp.zeros_like(q), jnp.zeros_like(q)
-  if plan.fresh:
-    dfresh_read = grads.fresh_read[head, here, :]
-    dq += dfresh_read * shares
-    dshares = dfresh_read * q
-    dends = grads.fresh_whole[head, index, :][None] * at.fresh_ends(after)
-    dborn += dends
-    dsuffix += dends
-  if plan.delta:
-    beta = beta_ref[head, here]
-    inverse = _inverse(beta[:, None] * below, same)
-    solve = inverse * beta[None]
-    dold = grads.old[head, here, :]
-    dsolve = grads.solve[head, here, :]
-    dsolve += dot(dold, (k * read).T)
-    decayed = dot(solve.T, dold) * read
-    dk += decayed
-    dprefix += decayed * k
-    if plan.fresh:
-      dold = grads.fresh_old[head, here, :]
-      dsolve += dot(dold, (k * shares).T)
-      dold = dot(solve.T, dold)
-      dk += dold * shares
-      dshares += dold * k
-    dinverse = dsolve * beta[None]
-    dlower = -dot(dot(inverse.T, dinverse), inverse.T)
-    dlower = jnp.where(rows_C1 > columns_1C, dlower, 0.0)
-    dbeta = (dsolve * inverse).sum(0) + (dlower * below).sum(1)
-    refs[0][head, here] = dbeta
-    dbelow = beta[:, None] * dlower
-
-  def body(step, sums):
-    between, dold_q, dk, dborn, of_rows, late_columns = sums
-    j = CHUNK - 1 - step
-    key, g, born = at.row(j)
-    decay = jnp.exp(between)
-    late, here_j = rows_C1 > j, rows_C1 == j
-    column = columns_1C == j
-    dscore_C1 = jnp.where(column & at.reading(j), dscore, 0.0)
-    dscore_C1 = dscore_C1.sum(1)[:, None]
-    dbelow_C1 = jnp.where(column, dbelow, 0.0).sum(1)[:, None]
-    dold_q += dscore_C1 * decay * key
-    dk += dbelow_C1 * decay * key
-    pairs = (dscore_C1 * old_q + dbelow_C1 * k) * decay
-    dk += jnp.where(here_j, pairs.sum(0)[None], 0.0)
-    pairs = pairs * key
-    if plan.fresh:
-      brought = dshares * at.fresh_shares(between, born, j)
-      dborn += jnp.where(here_j, brought.sum(0)[None], 0.0)
-      pairs += brought
-    # Token i = j sees itself undecayed.
-    of_rows += jnp.where(late, pairs, 0.0)
-    late_columns = jnp.where(here_j, of_rows.sum(0)[None], late_columns)
-    between = at.earlier(between, g, j)
-    return between, dold_q, dk, dborn, of_rows, late_columns
-
-  zeros = jnp.zeros_like(q)
-  _, dold_q, dk, dborn, of_rows, late_columns = jax.lax.fori_loop(
-    0, CHUNK, body, (zeros, dold_q, dk, dborn, zeros, zeros)
-  )
-  # g_m decays every pair j < m <= i (m < i where tokens read first): all
-  # pairs of rows from m on, but for those whose column is not before m.
-  onward = columns_1C > rows_C1 if plan.exclusive else columns_1C >= rows_C1
-  onward = jnp.where(onward, 1.0, 0.0)
-  before = jnp.where(columns_1C < rows_C1, 1.0, 0.0)
-  dg = dot(onward, of_rows + dprefix) - late_columns
-  dg += dot(before, dsuffix)
-  dg += (grads.whole[head, index, :] * at.whole)[None]
-  # What a gate shut entirely decays is zero; sums in another order are not.
-  dg_ref[head, here, :] = jnp.where(at.g == -jnp.inf, 0.0, dg) + dborn
-  dq += jnp.where(at.resets_C1, 0.0, dold_q) if plan.exclusive else dold_q
-  dq_ref[head, here, :] = dq.astype(dq_ref.dtype)
-  dk_ref[head, here, :] = dk.astype(dk_ref.dtype)
-
-
 @functools.partial(jax.jit, static_argnames='plan')
 def _inside_back(inputs, kept, dinside, plan):
   """Gradients of q, k, g, and of beta or, by chunk, of the bonus."""
@@ -597,9 +349,7 @@ def _inside_back(inputs, kept, dinside, plan):
     out.append(like(count, keys))
   args = (*inputs.inside(), *kept, *dinside)
   grid, warps = (count, heads), plan.warps[0]
-  kernel = _inside_back_kernel
-  if plan.by_products:
-    kernel = products.inside_back_kernel
+  kernel = stateless.backward_kernel
   dq, dk, *rest = _call(
     kernel, 'scan_inside_back', out, grid, warps, 1, plan, *args
   )

@@ -12,8 +12,8 @@ class Plan(NamedTuple):
   delta: the delta rule, else linear attention. exclusive: tokens read before
   they write, but for their bonus. fresh: resets bring in a state. repeats:
   heads of values for one of keys. precision: of products of float32. narrow:
-  values are of 16 bits. by_products: see `products`. chunk: tokens. warps: of a
-  program without and with a state.
+  values are of 16 bits. chunk: tokens. warps: of a program without and with a
+  state.
   """
 
   delta: bool
@@ -23,7 +23,6 @@ class Plan(NamedTuple):
   precision: str
   interpret: bool
   narrow: bool
-  by_products: bool
   chunk: int
   warps: tuple[int, int]
 

@@ -1,8 +1,8 @@
-"""What depends on no state by matrix products: the first and fourth kernel.
+"""What depends on no state: the first and the fourth kernel of `matrix_state`.
 
-They give what those of `matrix_state` give, whose decays are summed term by
-term, with dyadic anchors (see `scans.decay`). A pair of tokens j < i meets at
-one size h: they lie in the two halves of a block of 2h tokens, and
+Decays between tokens by matrix products and dyadic anchors (see `scans.decay`;
+no difference of sums, so no gate needs a bound). A pair of tokens j < i meets
+at one size h: they lie in the two halves of a block of 2h tokens, and
 
   decay(j to i) = exp(sum of g over the half of i, up to where it reads)
                 * exp(sum of g over the half of j, after it).
@@ -153,7 +153,7 @@ def _over_columns(q_ref, body, start):
   return jax.lax.fori_loop(0, q_ref.shape[-1] // width, step, start)
 
 
-def inside_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
+def forward_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
   refs = list(refs)
   beta_ref = refs.pop(0) if plan.delta else None
   bonus_ref = refs.pop(0) if plan.exclusive else None
@@ -231,7 +231,7 @@ def _inverse(lower_CC, text):
   return text.over_levels(level, jnp.where(text.eye_CC, 1.0, 0.0))
 
 
-def inside_back_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
+def backward_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
   refs = list(refs)
   beta_ref = refs.pop(0) if plan.delta else None
   bonus_ref = refs.pop(0) if plan.exclusive else None

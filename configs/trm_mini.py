@@ -53,12 +53,14 @@ is not trained), `attention`, `symmetric`, `plain`, `deep`, `exit` (measures
 what leaving early saves, and nothing else).
 """
 
+from configs import tiny_recursive
 from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
 
 VARIANTS = (
-  *('smoke', 'six', 'nine', 'attention', 'symmetric', 'plain', 'deep'),
-  'exit',
+  *('smoke', 'six', 'nine', 'attention', 'symmetric', 'deep'),
+  *('exit', 'no_digits'),
+  *tiny_recursive.CONTROLS,
 )
 
 
@@ -137,16 +139,18 @@ def get_config(variant=None):
     config.model.update(cell='attention', position='learned')
   if 'symmetric' in chosen:
     config.model.update(cell='symmetric', width=32)
-  if 'plain' in chosen or 'deep' in chosen:
-    if 'exit' in chosen:
-      raise UserError('exit needs a recursion: leave out plain and deep')
-    config.model.update(states=1, cycles=1, inner=0, steps=1)
-    config.training.slots.steps = 0
-    config.evaluators.after = {
-      'accuracy': {'splits': ('validation', 'test')},
-    }
+  if 'no_digits' in chosen:
+    config.task.digits = False
   if 'deep' in chosen:
-    config.model.layers = 12
+    # As many blocks as a step of the recursion applies.
+    blocks = config.model.cycles * (config.model.inner + 1)
+    config.model.layers *= blocks
+    chosen = chosen | {'flat'}
+  tiny_recursive.depart(config, chosen)
+  if chosen & {'flat', 'flat_deep'}:
+    if 'exit' in chosen:
+      raise UserError('exit needs a recursion: leave out flat and deep')
+    config.evaluators.after = {'accuracy': {'splits': ('validation', 'test')}}
   if 'smoke' in chosen:
     config.task.update(train_size=64, eval_size=16)
     config.model.update(width=16, steps=2, multiple=16, heads=2)

@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from recursive_weights.basis import clusters as clusters_lib
 from recursive_weights.basis import fit as fit_lib
 from recursive_weights.basis import initial, methods
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.interfaces import Task, UserError
+from recursive_weights.training import devices
 from recursive_weights.training.state import State
 
 
@@ -28,7 +31,8 @@ def make(
 ):
   """`(init, make_step)` of an experiment whose step is one of `basis.fit`.
 
-  Every step sees all training questions of the task, whatever the batch. Its
+  Every step sees all training questions of the task, whatever the batch; the
+  members are split over the devices, but under pmap, which repeats the fit. Its
   metrics are `loss`, the objective, and those of `fit.make`; `gradient_norm` is
   the tangent gradient, 0 where the Lagrangian is stationary.
 
@@ -119,8 +123,7 @@ def make(
       )
     return pack(fit.init(clusters, basis_RDV), jax.random.key_data(key))
 
-  def step(state, batch):
-    del batch
+  def step(clusters, state):
     inner = fit_lib.State(
       state.params['coefficients'],
       state.params['basis'],
@@ -140,4 +143,16 @@ def make(
       lambda a, b: jnp.where(finite, a, b), new, state
     ), metrics
 
-  return init, lambda axis: step
+  def make_step(axis):
+    if axis is not None:
+      return lambda state, batch: step(clusters, state)
+    # Members that no number of devices divides are split as far as they go.
+    rows = NamedSharding(devices.make_mesh(), P('data'))
+
+    def split(state, batch):
+      del batch
+      return step(jax.lax.with_sharding_constraint(clusters, rows), state)
+
+    return split
+
+  return init, make_step

@@ -5,12 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.interfaces import UserError
 from recursive_weights.models import shared_basis
 from recursive_weights.tasks import digits, planted_basis, question_answer
-from recursive_weights.training import alternating
+from recursive_weights.training import alternating, devices
 
 
 @pytest.fixture(scope='module')
@@ -59,6 +61,22 @@ def test_alternating_steps_lower_the_objective_of_their_own_parameters(task):
   start = np.mean(np.sum((q_BD - task.answers[member_B]) ** 2, -1))
   assert error < 0.7 * start
   assert error < values[-1] < start
+
+
+@pytest.mark.slow
+def test_members_are_split_over_devices(task):
+  """Twelve over eight, to the numbers of one that does all."""
+  init, make_step = alternating.make(task, rank=2, identity=True)
+  batch = task.batch('train', 0, 4)
+  mesh = devices.make_mesh()
+  state = jax.device_put(init(0), NamedSharding(mesh, P()))
+  split = jax.jit(make_step(None)).lower(state, batch).compile()
+  assert 'all-reduce' in split.as_text()
+  one, many = (
+    jax.jit(make_step('data'))(state, batch)[0],
+    split(state, batch)[0],
+  )
+  chex.assert_trees_all_close(one.params, many.params, rtol=1e-3, atol=1e-4)
 
 
 def test_the_order_of_the_data_does_not_matter(task):

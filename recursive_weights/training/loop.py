@@ -20,7 +20,7 @@ from recursive_weights import config as config_lib
 from recursive_weights.interfaces import Evaluator, Task, Tree, UserError
 from recursive_weights.io import json_files
 from recursive_weights.training import checkpoints as checkpoints_lib
-from recursive_weights.training import devices, metrics, stopping
+from recursive_weights.training import devices, lock, metrics, stopping
 from recursive_weights.training.interrupt import Interrupt
 from recursive_weights.training.start import start
 from recursive_weights.training.state import State
@@ -88,6 +88,8 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
     **config['devices'],
   )
   with contextlib.ExitStack() as stack, Interrupt() as interrupted:
+    if main:
+      stack.enter_context(lock.alone(folder))
     init, abstract = _initial(experiment, placement)
     saved = checkpoints_lib.open_folder(
       folder, config, **_without(config['checkpoint'], 'every')

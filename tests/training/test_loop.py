@@ -14,7 +14,7 @@ import toy
 from recursive_weights import build
 from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
-from recursive_weights.training import checkpoints, loop, metrics
+from recursive_weights.training import checkpoints, lock, loop, metrics
 
 
 def final_state(experiment, workdir):
@@ -255,6 +255,16 @@ def test_another_experiment_is_refused(whole):
   with pytest.raises(UserError, match=r'seed: 5 here, 0 there'):
     loop.run(toy.experiment(seed=5), workdir)
   assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_one_process_to_a_workdir(whole):
+  experiment, workdir, results, _ = whole
+  with (
+    lock.alone(workdir),
+    pytest.raises(UserError, match='another process trains in'),
+  ):
+    loop.run(experiment, workdir)
+  assert loop.run(experiment, workdir) == results
 
 
 def test_early_stopping(tmp_path):

@@ -25,7 +25,8 @@ def base() -> ConfigDict:
       'dtype': 'float32',  # of the computation; float32, bfloat16, float16
       'raw': False,  # evaluate the parameters themselves, not their average
       'resume_from': '',  # a run whose whole state this one begins with
-      'init_from': '',  # a run whose parameters this one begins with
+      # A run, or weights of the package by name, whose parameters it begins with.
+      'init_from': '',
       'max_minutes': 0.0,  # save and leave after so long; 0: no limit
       'task': {'name': ''},
       'data_hash': {},  # of the task's data by split; `build` fills it in

@@ -1,21 +1,19 @@
 """Trained weights and their config, from a run or from the package."""
 
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from recursive_weights import config as config_lib
 from recursive_weights.interfaces import Tree, UserError
+from recursive_weights.io import json_files
+from recursive_weights.io import pretrained as pretrained_lib
 from recursive_weights.training import checkpoints
 
 # (shapes of the parameters, raw) -> parameters, see `config.raw`.
 Load = Callable[[Tree, bool], Tree]
-
-PRETRAINED = pathlib.Path(__file__).parent / 'pretrained'
 
 
 def workdir(
@@ -68,42 +66,10 @@ def pretrained(name: str) -> tuple[dict[str, Any], Load]:
   Raises:
     UserError: no weights of this name.
   """
-  known = sorted(p.parent.name for p in PRETRAINED.glob('*/weights.npz'))
-  if name not in known:
-    raise UserError(
-      f'no pretrained weights {name!r}; there are: {", ".join(known)}'
-    )
-  folder = PRETRAINED / name
-  config = json.loads((folder / 'config.json').read_text())
-  return config_lib.complete(config), lambda shapes, raw: read_npz(
-    folder / 'weights.npz', shapes
+  config = json_files.read(pretrained_lib.folder(name) / 'config.json')
+  return config_lib.complete(config), lambda shapes, raw: pretrained_lib.read(
+    name, shapes
   )
-
-
-def read_npz(path: pathlib.Path, shapes: Tree) -> Tree:
-  """Arrays by tree path from an .npz file (no pickles), checked for shape."""
-
-  def read(key, shape):
-    name = jax.tree_util.keystr(key, simple=True, separator='/')
-    if name not in stored or stored[name].shape != shape.shape:
-      found = stored[name].shape if name in stored else 'nothing'
-      raise UserError(
-        f'{path}: {name} must be {shape.shape}, found {found}: weights and '
-        'config do not belong together'
-      )
-    return jax.numpy.asarray(stored[name], shape.dtype)
-
-  with np.load(path, allow_pickle=False) as stored:
-    return jax.tree_util.tree_map_with_path(read, shapes)
-
-
-def write_npz(path: pathlib.Path, params: Tree) -> None:
-  """Writes what `read_npz` reads."""
-  arrays: dict[str, Any] = {
-    jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(leaf)
-    for key, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-  np.savez(path, **arrays)
 
 
 def export(
@@ -128,16 +94,14 @@ def export(
   from recursive_weights import build
 
   config, load = workdir(source)
-  folder = PRETRAINED / name
+  folder = pretrained_lib.FOLDER / name
   folder.mkdir(parents=True, exist_ok=True)
   params = load(build.parameter_shapes(config), config['raw'])
-  write_npz(folder / 'weights.npz', params)
+  pretrained_lib.write_npz(folder / 'weights.npz', params)
   shipped = config_lib.from_data(config)
   shipped.update_from_flattened_dict(fields or {})
-  (folder / 'config.json').write_text(
-    json.dumps(config_lib.to_data(shipped), indent=2) + '\n'
-  )
+  json_files.write(folder / 'config.json', config_lib.to_data(shipped), 2)
   if results is None:
-    results = json.loads((pathlib.Path(source) / 'results.json').read_text())
-  (folder / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
+    results = json_files.read(pathlib.Path(source) / 'results.json')
+  json_files.write(folder / 'results.json', results, 2)
   return folder

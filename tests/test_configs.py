@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_weights import build, config, restore
+from recursive_weights import build, config
 from recursive_weights.interfaces import UserError
+from recursive_weights.io import pretrained
 from recursive_weights.training import checkpoints
 from recursive_weights.training.state import make_dispatch
 
@@ -152,14 +153,14 @@ def test_unknown_names_list_what_there_is():
 
 def test_weights_without_pickles_come_back(tmp_path):
   params = {'a': {'b': jnp.arange(6.0).reshape(2, 3)}, 'c': jnp.ones(())}
-  restore.write_npz(tmp_path / 'w.npz', params)
+  pretrained.write_npz(tmp_path / 'w.npz', params)
   shapes = jax.eval_shape(lambda: params)
   chex.assert_trees_all_equal(
-    restore.read_npz(tmp_path / 'w.npz', shapes), params
+    pretrained.read_npz(tmp_path / 'w.npz', shapes), params
   )
   wrong = {'a': {'b': jnp.ones((3, 3))}, 'c': jnp.ones(())}
   with pytest.raises(UserError, match=r'a/b must be \(3, 3\), found \(2, 3\)'):
-    restore.read_npz(tmp_path / 'w.npz', wrong)
+    pretrained.read_npz(tmp_path / 'w.npz', wrong)
 
 
 def test_stored_configs_get_the_fields_that_they_are_older_than():

@@ -6,6 +6,7 @@ import pathlib
 import jax
 
 from recursive_weights.interfaces import UserError
+from recursive_weights.io import pretrained
 from recursive_weights.training import checkpoints
 from recursive_weights.training.state import State
 
@@ -27,14 +28,15 @@ def start(
     2. else `resume_from`, a workdir or checkpoint of another run: its whole
        state, step included, under this run's config;
     3. else `init_from`: that run's parameters only (the EMA where it has one),
-       with a new optimizer state from step 0;
+       or those that the package ships under this name, with a new optimizer
+       state from step 0;
     4. else scratch.
 
   Args:
     saved: this workdir's checkpoints.
     init: `() -> State`, placed.
     abstract: shapes, dtypes and shardings of the plain state.
-    resume_from, init_from: folders, '' for none.
+    resume_from, init_from: folders, '' for none; see `io.pretrained` for names.
   """
   state = saved.restore_newest(abstract)
   if state is not None:
@@ -45,18 +47,28 @@ def start(
     return state, f'resume_from, {folder}'
   state = init()
   if init_from:
-    _exists('init_from', init_from)
-    try:
-      items, folder = checkpoints.load(init_from, {'ema': abstract.params})
-    except UserError:
-      _log.info('init_from: %s holds no usable EMA', init_from)
-      items, folder = checkpoints.load(init_from, {'params': abstract.params})
-    (params,) = items.values()
+    params, origin = _parameters(init_from, abstract.params)
     ema = jax.tree.map(jax.numpy.copy, params) if state.ema else {}
-    return state._replace(params=params, ema=ema), f'init_from, {folder}'
+    return state._replace(params=params, ema=ema), f'init_from, {origin}'
   return state, 'scratch'
 
 
-def _exists(field: str, path: str) -> None:
+def _parameters(source, abstract):
+  """A run's average, else its parameters; or those that the package ships."""
+  if source in pretrained.names() and not pathlib.Path(source).is_dir():
+    shardings = jax.tree.map(lambda s: s.sharding, abstract)
+    return jax.device_put(pretrained.read(source, abstract), shardings), source
+  known = ', '.join(pretrained.names())
+  _exists('init_from', source, f', nor one of the weights {known}')
+  try:
+    items, folder = checkpoints.load(source, {'ema': abstract})
+  except UserError:
+    _log.info('init_from: %s holds no usable EMA', source)
+    items, folder = checkpoints.load(source, {'params': abstract})
+  (params,) = items.values()
+  return params, folder
+
+
+def _exists(field: str, path: str, other: str = '') -> None:
   if not pathlib.Path(path).is_dir():
-    raise UserError(f'config.{field} = {path!r} is no folder')
+    raise UserError(f'config.{field} = {path!r} is no folder{other}')

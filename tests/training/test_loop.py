@@ -14,6 +14,7 @@ import toy
 from recursive_weights import build
 from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
+from recursive_weights.io import pretrained
 from recursive_weights.training import checkpoints, lock, loop, metrics
 
 
@@ -210,9 +211,9 @@ def test_bad_update_never_lands(whole, tmp_path):
   chex.assert_trees_all_equal(final_state(mended, tmp_path), whole[3])
 
 
-def test_start_precedence(whole, tmp_path):
+def test_start_precedence(whole, tmp_path, monkeypatch):
   """Workdir before resume_from before init_from before scratch."""
-  _, workdir, _, _ = whole
+  _, workdir, _, donated = whole
   donor = str(workdir)
 
   def begin(name, **changes):
@@ -235,8 +236,15 @@ def test_start_precedence(whole, tmp_path):
 
   first, _ = begin('resumed', resume_from=donor, init_from=donor)
   assert first == 40
-  first, _ = begin('initialised', init_from=donor)
+  first, initialised = begin('initialised', init_from=donor)
   assert first == 0
+  # The same weights by the name under which the package ships them.
+  monkeypatch.setattr(pretrained, 'FOLDER', tmp_path / 'shipped')
+  (tmp_path / 'shipped' / 'toy').mkdir(parents=True)
+  path = tmp_path / 'shipped' / 'toy' / 'weights.npz'
+  pretrained.write_npz(path, donated.ema)
+  _, shipped = begin('by_name', init_from='toy')
+  chex.assert_trees_all_equal(shipped, initialised)
   # A run of its own from step 0, but from the donor's average, not a fresh
   # initialisation: its first checkpoint already knows the task.
   fresh = lines(workdir)[1]['validation/loss']

@@ -25,7 +25,7 @@ def base() -> ConfigDict:
       'dtype': 'float32',  # of the computation; float32, bfloat16, float16
       'raw': False,  # evaluate the parameters themselves, not their average
       'resume_from': '',  # a run whose whole state this one begins with
-      # A run, or weights of the package by name, whose parameters it begins with.
+      # Whose parameters this one begins with: a run, or weights that we ship.
       'init_from': '',
       'max_minutes': 0.0,  # save and leave after so long; 0: no limit
       'task': {'name': ''},

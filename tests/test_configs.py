@@ -48,11 +48,13 @@ def batches(experiment, count):
 def test_smoke_takes_two_steps_and_lowers_for_tpu(name):
   experiment = build.build(load(name, 'smoke'))
   state = jax.jit(experiment.init)(np.int32(0))
-  before = state.params
+  before, weak = state.params, jax.tree.map(lambda x: x.weak_type, state)
   data = batches(experiment, 3)
   dispatch = jax.jit(make_dispatch(experiment.make_step(None)))
   state, metrics = dispatch(state, data, np.int32(0), np.int32(2))
   assert int(state.step) == 2
+  # Else the second dispatch would compile anew.
+  assert jax.tree.map(lambda x: x.weak_type, state) == weak
   chex.assert_tree_all_finite((state, metrics))
   assert np.isfinite(metrics['loss'][:2]).all() and metrics['loss'][2] == 0
   # Every parameter moved, it has a gradient (or decay) and an optimizer, unless

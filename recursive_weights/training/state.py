@@ -68,7 +68,7 @@ def make_init(
       carry = first_slots(params)
     elif keep_carry:
       carry = model.carry(params, batch_size)
-    return State(
+    state = State(
       params=params,
       opt_state=optimizer.init(params),
       ema=jax.tree.map(jnp.copy, params) if ema_decay else {},
@@ -77,6 +77,8 @@ def make_init(
       key=jax.random.key_data(key),
       rate={'factor': jnp.ones([], jnp.float32)} if with_rate else (),
     )
+    # Weak types would come back as strong ones, and the step compile again.
+    return jax.tree.map(lambda x: x.astype(x.dtype), state)
 
   return init
 

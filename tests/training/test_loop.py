@@ -128,6 +128,19 @@ def test_eight_devices_are_one(tmp_path, strategy, keep_carry):
   chex.assert_trees_all_close(found, state, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('strategy', ['data', 'fsdp'])
+def test_the_step_compiles_once(tmp_path, strategy, caplog):
+  """With its first compilation most short runs spend most of their time."""
+  experiment = toy.experiment(devices__strategy=strategy)
+  with jax.log_compiles():
+    loop.run(experiment, tmp_path)
+  texts = [record.getMessage() for record in caplog.records]
+  compiled = [
+    x for x in texts if x.startswith('Compiling') and 'constrain' in x
+  ]
+  assert len(compiled) == 1
+
+
 def test_strategies_resume_one_another(whole, tmp_path):
   _, _, _, state = whole
   for steps, strategy in ((20, 'pmap'), (30, 'fsdp'), (40, 'data')):

@@ -44,7 +44,7 @@ def model(keep_carry=False):
     return {
       'w1': jax.random.normal(k1, (inputs.shape[-1], 16)) / 4,
       'w2': jax.random.normal(k2, (16, CLASSES)) / 4,
-      'b': jnp.zeros(CLASSES),
+      'b': jnp.full(CLASSES, 0.0),  # of a weak type
     }
 
   def carry(params, batch_size):

@@ -185,7 +185,10 @@ def _symmetric(config):
 def _constraints(config):
   """Four times the published rate, so four times sooner; the same shrinking."""
   if config.model.cell != 'symmetric':
-    raise UserError('constraints is a variant of the symmetric cell alone')
+    raise UserError(
+      f'choose one of constraints, {config.model.cell}: constraints is a '
+      'variant of the symmetric cell'
+    )
   config.model.mixing = 'constraints'
   config.training.update(steps=30_000, batch_size=768, accumulation=4)
   config.optimizer.learning_rate = 4e-4

@@ -205,7 +205,8 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
     saved.wait()
     bar.close()
     interrupted.at_once = True  # all is saved
-    if step < total and not stop:
+    # Told in its last steps, it leaves the evaluation to the next start.
+    if interrupted.now() or (step < total and not stop):
       _log.info(
         'stopped at step %d of %d (%s); the same command goes on from there',
         step,

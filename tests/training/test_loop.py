@@ -337,6 +337,18 @@ def test_max_minutes_saves_and_leaves(tmp_path):
   assert int(final_state(experiment, tmp_path).step) == 5
 
 
+def test_told_to_stop_in_its_last_steps_it_stops(whole, tmp_path):
+  """Whoever started it may have more to do; the next start evaluates."""
+
+  def told(state):
+    signal.raise_signal(signal.SIGTERM)
+    return state
+
+  experiment, _, results, _ = whole
+  assert loop.run(experiment._replace(every=((40, told),)), tmp_path) == {}
+  assert loop.run(experiment, tmp_path) == results
+
+
 def test_every_runs_between_steps(tmp_path):
   seen = []
 

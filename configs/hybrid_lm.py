@@ -31,7 +31,8 @@ Variants, joined by commas: `smoke` (seconds), and
             middle); the hybrid needs none
   fusions   `hy`, `gf`, ... of its two halves (models/layers/fusion.py)
   weights   `tied` (all layers have the large matrices of the first one),
-            `derived` (those of layer l are T^l of them, T residual, rank 4)
+            `derived` (those of layer l are T^l of them, T residual, rank 4),
+            `narrow` (independent, two thirds as wide: stores as many weights)
   state     `fresh` (every chunk starts anew), `shuffled` (every chunk gets the
             state of another text), `curriculum` (chunks a quarter, then half)
   watch     `gates` (state health at every evaluation, and after a smoke run),
@@ -64,6 +65,7 @@ VARIANTS = (
   'anchored',
   *fusion.NAMES,
   *SHARED,
+  'narrow',
   'fresh',
   'shuffled',
   'curriculum',
@@ -251,8 +253,11 @@ def _layers(config, chosen):
         f'{name} needs hybrid layers, got {kind}: leave out {name} or {kind}'
       )
     config.model.fusion = name
-  sharing = config_lib.one(chosen, SHARED)
-  if not sharing:
+  sharing = config_lib.one(chosen, (*SHARED, 'narrow'))
+  if sharing == 'narrow':
+    heads = -(-2 * config.model.width // (3 * config.model.head_width))
+    config.model.width = heads * config.model.head_width
+  if sharing not in SHARED:
     return
   if config.model.pattern not in MATRICES or 'anchored' in chosen:
     raise UserError(

@@ -57,17 +57,17 @@ def read(path: str, variant: str, overrides: list[str]):
   fields = command.override(
     command.read_config_file(f'{path}:{variant}'), overrides
   )
-  return build.build(accuracy_alone(config.to_data(fields)))
+  return build.build(brief(config.to_data(fields)))
 
 
-def accuracy_alone(data: dict) -> dict:
-  """The config with no final evaluator but accuracy.
+def brief(data: dict) -> dict:
+  """The config with no final evaluator but accuracy and perplexity.
 
   The table shows no more, and pictures and sweeps of every variant would take
   longer than training it.
   """
-  evaluators = data['evaluators']
-  after = {k: v for k, v in evaluators['after'].items() if k == 'accuracy'}
+  evaluators, shown = data['evaluators'], ('accuracy', 'perplexity')
+  after = {k: v for k, v in evaluators['after'].items() if k in shown}
   return data | {'evaluators': evaluators | {'after': after}}
 
 
@@ -96,7 +96,8 @@ def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
   model = build.build_model(data, task)
   size = data['training']['batch_size']
   params = model.init(jax.random.key(0), build.example(task, size))
-  inputs = jax.numpy.asarray(task.batch('train', 0, size)['inputs'])
+  batch = task.batch('train', 0, size)
+  inputs = jax.tree.map(jax.numpy.asarray, batch['inputs'])
   return {
     'variant': name,
     'parameters': compression.parameters(params),

@@ -112,7 +112,7 @@ def train(
     'operators': everything | {'pattern': '^operators/', 'frozen': True},
   }
   data = config.to_data(fields)
-  experiment = build.build(compare.accuracy_alone(data))
+  experiment = build.build(compare.brief(data))
   init = experiment.init
 
   def begin(seed):

@@ -141,7 +141,8 @@ def get_config(variant=None):
     config.model.update(cell='symmetric', width=32)
   if 'no_digits' in chosen:
     config.task.digits = False
-  if 'deep' in chosen:
+  alone = ('deep', 'flat', 'flat_deep', 'layers4', *tiny_recursive.GRID)
+  if config_lib.one(chosen, alone) == 'deep':
     # As many blocks as a step of the recursion applies.
     blocks = config.model.cycles * (config.model.inner + 1)
     config.model.layers *= blocks
@@ -153,12 +154,13 @@ def get_config(variant=None):
     config.evaluators.after = {'accuracy': {'splits': ('validation', 'test')}}
   if 'smoke' in chosen:
     config.task.update(train_size=64, eval_size=16)
-    config.model.update(width=16, steps=2, multiple=16, heads=2)
+    config.model.update(width=16, multiple=16, heads=2)
+    config.model.steps = min(config.model.steps, 2)
     config.training.update(
       steps=6, batch_size=8, steps_per_dispatch=2, report_every=2
     )
     config.training.evaluate_every = 4
-    config.training.slots.steps = 2
+    config.training.slots.steps = min(config.training.slots.steps, 2)
     config.checkpoint.every = 4
     config.optimizer.schedule.warmup_steps = 2
     config.evaluators.after = {'accuracy': {'splits': ('validation', 'test')}}

@@ -176,6 +176,7 @@ def _symmetric(config):
   config.training.update(
     steps=28_000, batch_size=256, accumulation=1, evaluate_every=1000
   )
+  config.checkpoint.every = 1000
   config.optimizer.learning_rate = 3e-4
   config.optimizer.schedule.update(
     name='cosine', warmup_steps=1000, final_fraction=0.1
@@ -190,7 +191,10 @@ def _constraints(config):
       'variant of the symmetric cell'
     )
   config.model.mixing = 'constraints'
-  config.training.update(steps=30_000, batch_size=768, accumulation=4)
+  config.training.update(
+    steps=30_000, batch_size=768, accumulation=4, evaluate_every=2500
+  )
+  config.checkpoint.every = 2500
   config.optimizer.learning_rate = 4e-4
   config.optimizer.groups.rest.weight_decay = 0.25
   config.optimizer.schedule.update(

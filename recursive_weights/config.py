@@ -25,7 +25,7 @@ def base() -> ConfigDict:
       'dtype': 'float32',  # of the computation; float32, bfloat16, float16
       'raw': False,  # evaluate the parameters themselves, not their average
       'resume_from': '',  # a run whose whole state this one begins with
-      # Whose parameters this one begins with: a run, or weights that we ship.
+      # Whose parameters this one begins with: a run's, or shipped ones by name.
       'init_from': '',
       'max_minutes': 0.0,  # save and leave after so long; 0: no limit
       'task': {'name': ''},

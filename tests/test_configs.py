@@ -160,6 +160,8 @@ def test_weights_without_pickles_come_back(tmp_path):
   chex.assert_trees_all_equal(
     pretrained.read_npz(tmp_path / 'w.npz', shapes), params
   )
+  with pytest.raises(UserError, match='also holds a/b: weights and config'):
+    pretrained.read_npz(tmp_path / 'w.npz', {'c': shapes['c']})
   wrong = {'a': {'b': jnp.ones((3, 3))}, 'c': jnp.ones(())}
   with pytest.raises(UserError, match=r'a/b must be \(3, 3\), found \(2, 3\)'):
     pretrained.read_npz(tmp_path / 'w.npz', wrong)

@@ -29,6 +29,10 @@ SUDOKU = [
   *(f'mixer,short,{name}' for name in tiny_recursive.CONTROLS),
   *(f'smoke,{name}' for name in ('slices', 'kaggle', 'mixer', 'flat_deep')),
 ]
+MINI = [
+  *('', 'deep', 'no_digits', 'six,symmetric,flat', 'smoke,deep'),
+  *tiny_recursive.CONTROLS,
+]
 MAZE = ['', 'mixer', 'published', 'kaggle', 'published,T2n2', 'smoke,kaggle']
 ARC = ['', 'arc1', 'arc2', 'kaggle', 'arc2,kaggle', 'smoke,kaggle']
 
@@ -69,6 +73,7 @@ def types(tree):
   [
     (name, variant)
     for name, variants in (
+      ('trm_mini', MINI),
       ('trm_sudoku', SUDOKU),
       ('trm_maze', MAZE),
       ('trm_arc', ARC),
@@ -89,6 +94,9 @@ def test_published_sizes():
     _, state, _ = traced('trm_sudoku', f'{cell},prefix16')
     # Ten tokens and nine classes here, eleven of each there.
     assert number(state.params) == published + less - 512 * (1 + 2)
+  for variant, ours in (('', 469_505), ('constraints', 492_545)):
+    _, state, _ = traced('trm_sudoku', variant)
+    assert number(state.params) == ours
 
 
 def test_what_is_carried_between_slices_is_small():
@@ -108,6 +116,11 @@ def test_flat_nets_have_equal_parameters_or_equal_arithmetic():
   calls = model['cycles'] * (model['inner'] + 1) + 2 * (model['inner'] + 1)
   cost = calls * model['layers']
   assert cost <= 3 * deep['layers'] < cost + 3
+  for variant, layers in (('flat', 2), ('deep', 12), ('smoke,deep', 12)):
+    fields = load('trm_mini', variant)
+    assert fields['model']['layers'] == layers
+    assert fields['model']['steps'] == 1
+    assert fields['training']['slots']['steps'] == 0
 
 
 def test_what_excludes_each_other_is_refused():
@@ -115,6 +128,7 @@ def test_what_excludes_each_other_is_refused():
     ('trm_sudoku', 'mixer,attention'),
     ('trm_sudoku', 'mixer,constraints'),
     ('trm_sudoku', 'T2n2,layers4'),
+    ('trm_mini', 'deep,flat'),
     ('trm_maze', 'flat,flat_deep'),
     ('trm_arc', 'arc1,arc2'),
   ):

@@ -41,7 +41,7 @@ def read_npz(path: pathlib.Path, shapes: Tree) -> Tree:
   """Arrays by tree path from an .npz file (no pickles), checked for shape."""
 
   def read(key, shape):
-    name = jax.tree_util.keystr(key, simple=True, separator='/')
+    name = _name(key)
     if name not in stored or stored[name].shape != shape.shape:
       found = stored[name].shape if name in stored else 'nothing'
       raise UserError(
@@ -51,13 +51,27 @@ def read_npz(path: pathlib.Path, shapes: Tree) -> Tree:
     return jax.numpy.asarray(stored[name], shape.dtype)
 
   with np.load(path, allow_pickle=False) as stored:
-    return jax.tree_util.tree_map_with_path(read, shapes)
+    params = jax.tree_util.tree_map_with_path(read, shapes)
+    if others := sorted(set(stored.files) - _names(shapes)):
+      raise UserError(
+        f'{path} also holds {", ".join(others)}: weights and config do not '
+        'belong together'
+      )
+    return params
 
 
 def write_npz(path: pathlib.Path, params: Tree) -> None:
   """Writes what `read_npz` reads."""
   arrays: dict[str, Any] = {
-    jax.tree_util.keystr(key, simple=True, separator='/'): np.asarray(leaf)
+    _name(key): np.asarray(leaf)
     for key, leaf in jax.tree_util.tree_leaves_with_path(params)
   }
   np.savez(path, **arrays)
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _names(tree: Tree) -> set[str]:
+  return {_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}

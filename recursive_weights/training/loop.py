@@ -67,7 +67,8 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
 
   Returns:
     The final metrics, also in `workdir/results.json`; `{}` where the run was
-    interrupted before its end (SIGTERM, SIGINT, `max_minutes`).
+    interrupted (SIGTERM, SIGINT, `max_minutes`) before its end, or in its last
+    steps, when only the final evaluation is left for the next start.
 
   Raises:
     UserError: a config, file or checkpoint cannot be used.
@@ -77,7 +78,6 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
   train = config['training']
   begun = time.monotonic()
   folder = pathlib.Path(workdir)
-  check_workdir(folder, config)
   main = jax.process_index() == 0
   seeds = config['num_seeds']
 
@@ -90,6 +90,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, float]:
   with contextlib.ExitStack() as stack, Interrupt() as interrupted:
     if main:
       stack.enter_context(lock.alone(folder))
+    check_workdir(folder, config)
     init, abstract = _initial(experiment, placement)
     saved = checkpoints_lib.open_folder(
       folder, config, **_without(config['checkpoint'], 'every')

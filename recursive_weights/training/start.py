@@ -55,7 +55,8 @@ def start(
 
 def _parameters(source, abstract):
   """A run's average, else its parameters; or those that the package ships."""
-  if source in pretrained.names() and not pathlib.Path(source).is_dir():
+  run = (pathlib.Path(source) / 'checkpoints').is_dir()
+  if source in pretrained.names() and not run:
     shardings = jax.tree.map(lambda s: s.sharding, abstract)
     return jax.device_put(pretrained.read(source, abstract), shardings), source
   known = ', '.join(pretrained.names())

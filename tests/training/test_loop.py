@@ -286,6 +286,8 @@ def test_one_process_to_a_workdir(whole):
   ):
     loop.run(experiment, workdir)
   assert loop.run(experiment, workdir) == results
+  with pytest.raises(UserError, match=r'results\.json cannot be made'):
+    loop.run(experiment, workdir / 'results.json')
 
 
 def test_early_stopping(tmp_path):

@@ -43,7 +43,8 @@ def scan(
   Args:
     given: checked inputs that `fits` takes.
     delta: the delta rule; else linear attention, with RWKV-6's `bonus_HK`.
-    precision: of products of float32; the inverse is always at 'highest'.
+    precision: of products of float32; the inverse is at 'highest', but in TF32
+      where values have 16 bits.
     interpret: run without a GPU, slowly; None: where there is none.
 
   Raises:
@@ -176,7 +177,7 @@ def _inside(inputs, plan):
   """Of every chunk: `q` and `k` with their decays to its start and end, its
   whole decay, scores `[C, C]`; for the delta rule `M E K` and `M`; for a fresh
   state its shares in what is read, at the end, and in `M E K`. And what the
-  backward kernel of `products` wants of it again."""
+  backward kernel of `stateless` wants of it again."""
   heads, length, keys = inputs.g.shape
   count = length // plan.chunk
 
@@ -195,11 +196,11 @@ def _inside(inputs, plan):
     out += [like(length, keys), like(count, keys, dtype=jnp.float32)]
     out += [like(length, keys)] * plan.delta
   grid, warps, args = (count, heads), plan.warps[0], inputs.inside()
-  count = len(out)
+  kept = len(out)
   out += [like(length, plan.chunk, dtype=jnp.float32)] * plan.delta
   kernel = stateless.forward_kernel
   found = _call(kernel, 'scan_inside', out, grid, warps, 1, plan, *args)
-  return found[:count], found[count:]
+  return found[:kept], found[kept:]
 
 
 def _along_kernel(*refs, plan):

@@ -28,7 +28,10 @@ class Plan(NamedTuple):
 
   @property
   def inner(self):
-    """Precision of products of the triangle's inverse, in float32."""
+    """Precision of products of the triangle's inverse, in float32.
+
+    TF32 where values have 16 bits: fewer than its 19, and `solve` is one.
+    """
     return 'default' if self.narrow else 'highest'
 
 

@@ -99,7 +99,7 @@ def _sums(ones_CC, x_CK, plan: Plan, parts: int = 2):
   Splitting x keeps what a product of 16 bits would round off.
   """
   if not plan.narrow:
-    return dot(ones_CC, x_CK, plan.precision)
+    return dot(ones_CC, x_CK)  # a sum of logarithms wants all bits
   ones_CC = ones_CC.astype(jnp.bfloat16)
   total = jnp.zeros(x_CK.shape, jnp.float32)
   for _ in range(parts):

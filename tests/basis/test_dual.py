@@ -102,7 +102,9 @@ def test_its_minimum_is_one_of_the_alternating_fit(name):
   )
 
 
-@pytest.mark.parametrize('cosine', [0.5, 0.9])
+@pytest.mark.parametrize(
+  'cosine', [0.5, pytest.param(0.9, marks=pytest.mark.long)]
+)
 def test_with_the_cosine_it_ends_where_autodiff_finds_no_slope(cosine):
   clusters, _ = problem()
   objective = objective_lib.make(ridge=RIDGE, cosine=cosine)

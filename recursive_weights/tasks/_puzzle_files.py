@@ -28,10 +28,10 @@ class Rows(NamedTuple):
 
 
 def check(paths: tuple[str, ...], limits: tuple[int, ...]) -> None:
-  """Raises `UserError` if some splits have files and others none."""
-  if any(paths) and not all(paths):
+  """Raises `UserError` if training has a file and a held-out split none."""
+  if paths[0] and not all(paths):
     raise UserError(
-      'train_path, validation_path and test_path must be given together, got '
+      'with train_path, validation_path and test_path must be given too, got '
       f'{paths}'
     )
   if len(limits) != 3 or min(limits) < 0:

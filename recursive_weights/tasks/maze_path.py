@@ -71,7 +71,8 @@ def make(
     augmentation: 'dihedral' turns and mirrors each training maze at random;
       'none'.
     train_size, eval_size: numbers of generated mazes.
-    train_path, validation_path, test_path: all three, or none.
+    train_path, validation_path, test_path: files; '' for generated ones. The
+      first needs both others, a held-out one may stand alone (to evaluate).
     limits: rows to read of each of the three files, the first ones; 0 for all.
 
   Raises:

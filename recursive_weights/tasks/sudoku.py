@@ -83,7 +83,8 @@ def make(
       `_sudoku.search`; 0 for any puzzle.
     train_size: number of generated training puzzles; symmetries multiply them.
     eval_size: number of generated puzzles in each held-out split.
-    train_path, validation_path, test_path: all three, or none.
+    train_path, validation_path, test_path: files; '' for generated ones. The
+      first needs both others, a held-out one may stand alone (to evaluate).
     limits: rows to read of each of the three files, the first ones; 0 for all.
     check_unique: prove for puzzles from files that they have one solution;
       without, an answer that obeys the rules and keeps the clues is enough.

@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -455,10 +456,21 @@ def test_uniqueness_is_checked_where_asked(tmp_path, pairs):
   assert from_files(tmp_path, rows, limits=(2, 2, 2)).spec.sizes['test'] == 2
 
 
+def test_a_test_file_may_stand_alone(tmp_path, pairs):
+  """As `eval.py --config.task.test_path=FILE` wants it."""
+  whole = from_files(tmp_path, pairs)
+  path = str(tmp_path / 'puzzles.csv')
+  task = sudoku.make(size=4, train_size=2, eval_size=3, test_path=path)
+  assert task.spec.sizes == whole.spec.sizes | {'train': 2, 'validation': 3}
+  chex.assert_trees_all_equal(
+    task.batch('test', 0, 4), whole.batch('test', 0, 4)
+  )
+
+
 def test_bad_files_are_named(tmp_path, pairs):
   with pytest.raises(UserError, match='cannot read /none'):
     sudoku.make(train_path='/none', validation_path='/none', test_path='/none')
-  with pytest.raises(UserError, match='must be given together'):
+  with pytest.raises(UserError, match='test_path must be given too'):
     sudoku.make(train_path='/none')
   with pytest.raises(UserError, match='at least one puzzle, got none'):
     from_files(tmp_path, [])

@@ -1,9 +1,9 @@
 """Eight simulated devices and strict rank promotion for every test.
 
 Most of the suite's time is compiling programs that then run a few tiny steps,
-so LLVM does not optimise them, and they are kept for the session: many compile
-the same ones again. With optimisation, as users
-compile: XLA_FLAGS=--xla_backend_optimization_level=3 pytest
+so LLVM does not optimise them, and they are kept for the session, as many tests
+compile the same ones. With optimisation, as users compile:
+XLA_FLAGS=--xla_backend_optimization_level=3 pytest
 """
 
 import os

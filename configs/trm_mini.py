@@ -69,13 +69,13 @@ second of the three on a CPU core (`benchmarks/results/trm_controls_4x4.json`):
   `flat_deep`: none, equal arithmetic           .975 +- .008  .886 +- .026  2.9
   `deep`: none, as many blocks as a step        .885 +- .028  .742 +- .062  1.9
 
-What the paper found and this repeats: two blocks beat four, recursion beats what
-has as many weights. Attention has learned nothing yet after so few steps, which
-says little of what it would learn. What it does not repeat, so small and so short: a
-single state is better than two, one cycle better than two, and EMA, turnover,
-digits and the gradient through a whole cycle make no difference beyond the
-spread; a net of eight blocks without recursion, four times the weights, is as
-good (on 6 x 6 it is not, see above).
+What the paper found and this repeats: two blocks beat four, recursion beats
+what has as many weights. Attention has learned nothing yet after so few steps,
+which says little of what it would learn. What it does not repeat, so small and
+so short: a single state is better than two, one cycle better than two, and EMA,
+turnover, digits and the gradient through a whole cycle make no difference
+beyond the spread; a net of eight blocks without recursion, four times the
+weights, is as good (on 6 x 6 twelve blocks are not, see above).
 
 On 6 x 6 three seeds are still rising after 1,000 steps: .357, .033 and .041 of
 validation puzzles as published, .014, .121 and .148 with four blocks, .555,

@@ -77,8 +77,9 @@ def export(
   name: str,
   fields: dict[str, Any] | None = None,
   results: dict[str, Any] | None = None,
+  dtype: str = 'float32',
 ) -> pathlib.Path:
-  """Ships a run's weights as `pretrained/NAME`, float32, for `pretrained`.
+  """Ships a run's weights as `pretrained/NAME`, for `pretrained`.
 
   Args:
     source: a workdir of train.py, or one checkpoint folder in it.
@@ -87,6 +88,8 @@ def export(
       not everybody's, or its evaluation too long. `data_hash` stays that of the
       run.
     results: what was measured; None for the run's own `results.json`.
+    dtype: that they are stored in; float16 keeps large models small, and three
+      bits more of a weight than bfloat16.
 
   Returns:
     The folder, with `weights.npz`, `config.json` and `results.json`.
@@ -97,6 +100,7 @@ def export(
   folder = pretrained_lib.FOLDER / name
   folder.mkdir(parents=True, exist_ok=True)
   params = load(build.parameter_shapes(config), config['raw'])
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
   pretrained_lib.write_npz(folder / 'weights.npz', params)
   shipped = config_lib.from_data(config)
   shipped.update_from_flattened_dict(fields or {})

@@ -160,6 +160,11 @@ def test_weights_without_pickles_come_back(tmp_path):
   chex.assert_trees_all_equal(
     pretrained.read_npz(tmp_path / 'w.npz', shapes), params
   )
+  half = jax.tree.map(lambda x: x.astype('float16'), params)
+  pretrained.write_npz(tmp_path / 'half.npz', half)  # as large models are
+  found = pretrained.read_npz(tmp_path / 'half.npz', shapes)
+  chex.assert_trees_all_equal(found, params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
   with pytest.raises(UserError, match='also holds a/b: weights and config'):
     pretrained.read_npz(tmp_path / 'w.npz', {'c': shapes['c']})
   wrong = {'a': {'b': jnp.ones((3, 3))}, 'c': jnp.ones(())}

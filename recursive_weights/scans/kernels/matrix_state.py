@@ -61,56 +61,61 @@ def scan(
     interpret = jax.default_backend() != 'gpu'
   exclusive = bonus_HK is not None
   fresh = given.fresh_BHKV
-  repeats = heads // groups
   plan = Plan(
     delta=delta,
     exclusive=exclusive,
     fresh=fresh is not None,
-    repeats=repeats,
+    heads=heads,
+    repeats=heads // groups,
     precision=precision,
     interpret=interpret,
     narrow=given.v_BTHV.dtype.itemsize == 2,
     chunk=stateless.CHUNK,
-    warps=(1, _warps(keys * values)),
+    warps=_warps(keys * values),
   )
-  padded = -(-length // plan.chunk) * plan.chunk
+  more = -length % plan.chunk
 
-  def lay(x):
-    """`[B, T, H, ...]` to `[B H, T, ...]`, zeros after the last token."""
-    x = jnp.moveaxis(x, 2, 1).reshape(-1, length, *x.shape[3:])
-    after = ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2)
-    return jnp.pad(x, after)
+  def whole(x):
+    """Zeros after the last token, up to a whole chunk."""
+    return jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
 
-  wide = (batch, length, heads, keys)
-  resets_BTH = jnp.broadcast_to(given.resets_BT[..., None], wide[:3])
-  inputs = _Laid(
-    q=lay(given.q_BTGK),
-    k=lay(given.k_BTGK),
-    v=lay(given.v_BTHV),
-    g=lay(jnp.broadcast_to(given.log_decay_BTHK, wide)),
-    resets=lay(resets_BTH.astype(jnp.float32)),
+  inputs = _Inputs(
+    q=whole(given.q_BTGK),
+    k=whole(given.k_BTGK),
+    v=whole(given.v_BTHV),
+    g=whole(
+      jnp.broadcast_to(given.log_decay_BTHK, (batch, length, heads, keys))
+    ),
+    resets=whole(given.resets_BT.astype(jnp.float32)),
     state=given.state_BHKV.reshape(-1, keys, values),
   )
   if fresh is not None:
     inputs = inputs._replace(fresh=fresh.reshape(-1, keys, values))
   if delta:
-    inputs = inputs._replace(beta=lay(given.beta_BTH))
+    inputs = inputs._replace(beta=whole(given.beta_BTH))
   if bonus_HK is not None:
     bonus = jnp.broadcast_to(bonus_HK[None], (batch, heads, keys))
     bonus = bonus.astype(jnp.float32).reshape(-1, keys)
     inputs = inputs._replace(bonus=bonus)
   y, last = _scan(inputs, plan)
-  y = jnp.moveaxis(y[:, :length].reshape(batch, heads, length, values), 1, 2)
-  return y, last.reshape(batch, heads, keys, values)
+  return y[:, :length], last.reshape(batch, heads, keys, values)
 
 
-def _warps(size: int) -> int:
-  """Warps for a state of so many entries: up to 32 in a thread's registers."""
-  return min(max(size // 1024, 1), 8)
+def _warps(size: int) -> tuple[int, int, int]:
+  """Warps for a state of so many entries, see `Plan`.
+
+  Up to 32 of them in a thread's registers, 64 where nothing is kept (timed on
+  an H200: four warps instead of eight took .75 of the time, but 1.2 where every
+  state is written).
+  """
+  return 1, min(max(size // 2048, 1), 4), min(max(size // 1024, 1), 8)
 
 
-class _Laid(NamedTuple):
-  """Inputs by head, `[B H, T, ...]`; what a rule does not have is None."""
+class _Inputs(NamedTuple):
+  """Whole chunks `[B, T, H, ...]`, states and bonus `[B H, ...]`.
+
+  What a rule does not have is None.
+  """
 
   q: Array
   k: Array
@@ -150,7 +155,7 @@ def _scan_backward(plan, saved, cotangents):
     inside, inputs, written, starts, *cotangents, plan
   )
   dq, dk, dg, *rest = _inside_back(inputs, kept, dinside, plan)
-  gradient = _Laid(dq, dk, dv, dg, jnp.zeros_like(inputs.resets), *dstates)
+  gradient = _Inputs(dq, dk, dv, dg, jnp.zeros_like(inputs.resets), *dstates)
   if plan.delta:
     gradient = gradient._replace(beta=rest[0])
   if plan.exclusive:
@@ -178,8 +183,8 @@ def _inside(inputs, plan):
   whole decay, scores `[C, C]`; for the delta rule `M E K` and `M`; for a fresh
   state its shares in what is read, at the end, and in `M E K`. And what the
   backward kernel of `stateless` wants of it again."""
-  heads, length, keys = inputs.g.shape
-  count = length // plan.chunk
+  _, length, _, keys = inputs.g.shape
+  heads, count = len(inputs.state), length // plan.chunk
 
   def like(*shape, dtype=inputs.v.dtype):
     return jax.ShapeDtypeStruct((heads, *shape), dtype)
@@ -195,7 +200,7 @@ def _inside(inputs, plan):
   if plan.fresh:
     out += [like(length, keys), like(count, keys, dtype=jnp.float32)]
     out += [like(length, keys)] * plan.delta
-  grid, warps, args = (count, heads), plan.warps[0], inputs.inside()
+  grid, warps, args = (heads, count), plan.warps[0], inputs.inside()
   kept = len(out)
   out += [like(length, plan.chunk, dtype=jnp.float32)] * plan.delta
   kernel = stateless.forward_kernel
@@ -213,11 +218,13 @@ def _along_kernel(*refs, plan):
     fresh = fresh_ref[pl.program_id(0), :, :]
   y_ref, last_ref, *kept_refs = refs
   head = pl.program_id(0)
+  example, own, _ = plan.place(head)
 
   def body(index, state):
     here = pl.ds(index * plan.chunk, plan.chunk)
+    at = example, here, own, slice(None)
     narrow = state.astype(v_ref.dtype)
-    written = v_ref[head, here, :]
+    written = v_ref[at]
     if plan.delta:
       written = product(inside.solve[head, here, :], written)
       written -= product(inside.old[head, here, :], narrow)
@@ -231,12 +238,12 @@ def _along_kernel(*refs, plan):
     if kept_refs:
       kept_refs[0][head, index, :, :] = narrow
     if kept_refs[1:]:
-      kept_refs[1][head, here, :] = written
+      kept_refs[1][at] = written
     state = inside.whole[head, index, :][:, None] * state
     if plan.fresh:
       y += product(inside.fresh_read[head, here, :], fresh.astype(v_ref.dtype))
       state += inside.fresh_whole[head, index, :][:, None] * fresh
-    y_ref[head, here, :] = y.astype(y_ref.dtype)
+    y_ref[at] = y.astype(y_ref.dtype)
     return state + product(inside.write[head, here, :].T, written)
 
   state = state_ref[head, :, :].astype(jnp.float32)
@@ -256,7 +263,7 @@ def _along(inside, inputs, plan, keep):
     out.append(jax.ShapeDtypeStruct((heads, count, *sizes), v.dtype))
     out += [like_v] * plan.delta
   args = (*inside, v, *inputs.states())
-  grid, warps = v.shape[:1], plan.warps[1]
+  grid, warps = state.shape[:1], plan.warps[1 + keep]
   return _call(_along_kernel, 'scan_along', out, grid, warps, 2, plan, *args)
 
 
@@ -273,15 +280,17 @@ def _back_kernel(*refs, plan):
     dfresh_ref, *refs = refs
   grads, _ = Inside.of(refs, plan)
   head, count = pl.program_id(0), inside.whole.shape[1]
+  example, own, _ = plan.place(head)
   dtype = v_ref.dtype
 
   def body(step, sums):
     dstate, dfresh = sums
     index = count - 1 - step
     here = pl.ds(index * plan.chunk, plan.chunk)
+    at = example, here, own, slice(None)
     start = start_ref[head, index, :, :]
-    dy = dy_ref[head, here, :]
-    written = written_ref[head, here, :]
+    dy = dy_ref[at]
+    written = written_ref[at]
     narrow = dstate.astype(dtype)
     grads.read[head, here, :] = product(dy, start.T)
     grads.write[head, here, :] = product(written, narrow.T)
@@ -300,14 +309,14 @@ def _back_kernel(*refs, plan):
     if plan.delta:
       dwritten = dwritten.astype(dtype)
       grads.old[head, here, :] = -product(dwritten, start.T)
-      grads.solve[head, here, :] = product(dwritten, v_ref[head, here, :].T)
+      grads.solve[head, here, :] = product(dwritten, v_ref[at].T)
       dstate -= product(inside.old[head, here, :].T, dwritten)
       if plan.fresh:
         dold = -product(dwritten, fresh.astype(dtype).T)
         grads.fresh_old[head, here, :] = dold
         dfresh -= product(inside.fresh_old[head, here, :].T, dwritten)
       dwritten = product(inside.solve[head, here, :].T, dwritten)
-    dv_ref[head, here, :] = dwritten.astype(dv_ref.dtype)
+    dv_ref[at] = dwritten.astype(dv_ref.dtype)
     return dstate, dfresh
 
   dlast = dlast_ref[head, :, :].astype(jnp.float32)
@@ -328,7 +337,7 @@ def _back(inside, inputs, written, starts, dy, dlast, plan):
   ]
   out = [jax.ShapeDtypeStruct(v.shape, v.dtype), *wide]
   args = (*inside, *states[1:], v, written, starts, dy, dlast)
-  grid, warps = v.shape[:1], plan.warps[1]
+  grid, warps = dlast.shape[:1], plan.warps[2]
   dv, *rest = _call(_back_kernel, 'scan_back', out, grid, warps, 1, plan, *args)
   return dv, rest[: len(states)], rest[len(states) :]
 
@@ -336,20 +345,20 @@ def _back(inside, inputs, written, starts, dy, dlast, plan):
 @functools.partial(jax.jit, static_argnames='plan')
 def _inside_back(inputs, kept, dinside, plan):
   """Gradients of q, k, g, and of beta or, by chunk, of the bonus."""
-  heads, length, keys = inputs.g.shape
-  count = length // plan.chunk
+  shape = inputs.g.shape
+  heads, count = len(inputs.state), shape[1] // plan.chunk
 
-  def like(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct((heads, *shape), dtype)
+  def like(shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
   dtype = inputs.q.dtype if plan.repeats == 1 else jnp.float32
-  out = [like(length, keys, dtype=dtype)] * 2 + [like(length, keys)]
+  out = [like(shape, dtype)] * 2 + [like(shape)]
   if plan.delta:
-    out.append(like(length))
+    out.append(like(shape[:3]))
   if plan.exclusive:
-    out.append(like(count, keys))
+    out.append(like((heads, count, shape[3])))
   args = (*inputs.inside(), *kept, *dinside)
-  grid, warps = (count, heads), plan.warps[0]
+  grid, warps = (heads, count), plan.warps[0]
   kernel = stateless.backward_kernel
   dq, dk, *rest = _call(
     kernel, 'scan_inside_back', out, grid, warps, 1, plan, *args
@@ -357,6 +366,7 @@ def _inside_back(inputs, kept, dinside, plan):
 
   def shared(x, like):
     """Sums over the heads of values that a head of keys serves."""
-    return x.reshape(-1, plan.repeats, *x.shape[1:]).sum(1).astype(like.dtype)
+    x = x.reshape(*like.shape[:3], plan.repeats, -1).sum(3)
+    return x.astype(like.dtype)
 
   return shared(dq, inputs.q), shared(dk, inputs.k), *rest

@@ -10,21 +10,22 @@ class Plan(NamedTuple):
   """What is known before a trace.
 
   delta: the delta rule, else linear attention. exclusive: tokens read before
-  they write, but for their bonus. fresh: resets bring in a state. repeats:
-  heads of values for one of keys. precision: of products of float32. narrow:
-  values are of 16 bits. chunk: tokens. warps: of a program without and with a
-  state.
+  they write, but for their bonus. fresh: resets bring in a state. heads: of
+  values. repeats: heads of values for one of keys. precision: of products of
+  float32. narrow: values are of 16 bits. chunk: tokens. warps: of a program
+  without a state, of one that carries it on, of one that keeps it or goes back.
   """
 
   delta: bool
   exclusive: bool
   fresh: bool
+  heads: int
   repeats: int
   precision: str
   interpret: bool
   narrow: bool
   chunk: int
-  warps: tuple[int, int]
+  warps: tuple[int, int, int]
 
   @property
   def inner(self):
@@ -33,6 +34,11 @@ class Plan(NamedTuple):
     TF32 where values have 16 bits: fewer than its 19, and `solve` is one.
     """
     return 'default' if self.narrow else 'highest'
+
+  def place(self, program):
+    """Example, head of values and head of keys of a program."""
+    example, head = program // self.heads, program % self.heads
+    return example, head, head // self.repeats
 
 
 class Inside(NamedTuple):

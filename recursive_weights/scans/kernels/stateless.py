@@ -37,15 +37,16 @@ class _Text:
 
   def __init__(self, reset_ref, plan: Plan):
     self.plan = plan
-    self.head, index = pl.program_id(1), pl.program_id(0)
-    self.group = self.head // plan.repeats
-    self.here = pl.ds(index * plan.chunk, plan.chunk)
-    self.index = index
+    self.head, self.index = pl.program_id(0), pl.program_id(1)
+    self.here = here = pl.ds(self.index * plan.chunk, plan.chunk)
+    example, head, group = plan.place(self.head)
+    # Of what is laid out by token: rows of values' heads and of keys' heads.
+    self.at, self.at_keys = (example, here, head), (example, here, group)
     self.rows_C1 = jnp.arange(plan.chunk)[:, None]
     self.columns_1C = jnp.arange(plan.chunk)[None, :]
     self.eye_CC = self.rows_C1 == self.columns_1C
     self.below_CC = self.rows_C1 > self.columns_1C
-    reset_C = reset_ref[self.head, self.here]
+    reset_C = reset_ref[example, here]
     later = self.rows_C1 >= self.columns_1C
     self.text_C1 = jnp.where(later, reset_C[None], 0.0).sum(1)[:, None]
     earlier = self.rows_C1 <= self.columns_1C
@@ -113,11 +114,11 @@ class _Keys:
   """Some columns of the chunk's queries and keys, and their decays."""
 
   def __init__(self, text, q_ref, k_ref, g_ref, first):
-    here, columns = text.here, pl.ds(first, min(COLUMNS, q_ref.shape[-1]))
+    columns = pl.ds(first, min(COLUMNS, q_ref.shape[-1]))
     self.text, self.columns = text, columns
-    self.q = q_ref[text.group, here, columns].astype(jnp.float32)
-    self.k = k_ref[text.group, here, columns].astype(jnp.float32)
-    g = g_ref[text.head, here, columns]
+    self.q = q_ref[*text.at_keys, columns].astype(jnp.float32)
+    self.k = k_ref[*text.at_keys, columns].astype(jnp.float32)
+    g = g_ref[*text.at, columns]
     self.g = jnp.maximum(g, SHUT)
 
   def decay(self, ones_CC):
@@ -200,7 +201,7 @@ def forward_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
   out.score[head, here, :] = score.astype(dtype)
   if not plan.delta:
     return
-  beta = beta_ref[head, here]
+  beta = beta_ref[*text.at]
   below = jnp.where(text.same_CC, below, 0.0)
   (below_ref,) = rest
   below_ref[head, here, :] = below
@@ -262,12 +263,12 @@ def backward_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
     dsolve = grads.solve[head, here, :].astype(jnp.float32)
     dsolve = _over_columns(q_ref, old, dsolve)
     inner = functools.partial(dot, precision=plan.inner)
-    beta, below = beta_ref[head, here], below_ref[head, here, :]
+    beta, below = beta_ref[*text.at], below_ref[head, here, :]
     inverse = _inverse(beta[:, None] * below, text)
     solve = (inverse * beta[None]).astype(dtype)
     dlower = -inner(inner(inverse.T, dsolve * beta[None]), inverse.T)
     dlower = jnp.where(earlier, dlower, 0.0)
-    refs[0][head, here] = (dsolve * inverse).sum(0) + (dlower * below).sum(1)
+    refs[0][*text.at] = (dsolve * inverse).sum(0) + (dlower * below).sum(1)
     dbelow = beta[:, None] * dlower
 
   def columns(first, _):
@@ -320,9 +321,9 @@ def backward_kernel(q_ref, k_ref, g_ref, reset_ref, *refs, plan):
       ends = grads.fresh_whole[head, text.index, at.columns] * at.fresh_whole()
       dg += ends[None] * text.final_C1
     # What a gate shut entirely decays is zero.
-    dg_ref[head, here, at.columns] = jnp.where(at.g == SHUT, 0.0, dg)
-    dq_ref[head, here, at.columns] = dq.astype(dq_ref.dtype)
-    dk_ref[head, here, at.columns] = dk.astype(dk_ref.dtype)
+    dg_ref[*text.at, at.columns] = jnp.where(at.g == SHUT, 0.0, dg)
+    dq_ref[*text.at, at.columns] = dq.astype(dq_ref.dtype)
+    dk_ref[*text.at, at.columns] = dk.astype(dk_ref.dtype)
     return 0
 
   _over_columns(q_ref, columns, 0)

@@ -25,8 +25,8 @@ like is below what noise leaves. Any ridge up to 1e-3 does; at 3 pairs, too few,
 
 Variants, joined by commas: `smoke` (seconds), `sparse` coefficients, `few` (two
 pairs a member), `noisy` (standard deviation .5 where answers have about 11 in
-norm), `rank2`, `rank8`, `independent` (rank 40), `gradient` (by cross-entropy
-over members instead).
+norm), `gradient` (by cross-entropy over members instead), and one of `rank2`,
+`rank8`, `independent` (rank 40).
 """
 
 from configs import basis_retrieval
@@ -59,9 +59,8 @@ def get_config(variant=None):
     config.task.questions = 2
   if 'noisy' in chosen:
     config.task.noise = 0.5
-  for name, rank in RANKS.items():
-    if name in chosen:
-      config.model.rank = rank
+  if name := config_lib.one(chosen, RANKS):
+    config.model.rank = RANKS[name]
   if 'smoke' in chosen:
     config.task.update(members=10, questions=4, width=4, rank=2, held_out=4)
     config.model.rank = 2

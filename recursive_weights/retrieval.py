@@ -199,7 +199,13 @@ def compare(
       'data_hash': (problem.data_hash or {}).get('test'),
     }
     | summary(ranks, found.get(OURS, []))
-    | {'settings': chosen[name][0], 'rule': chosen[name][1]}
+    | {
+      'settings': chosen[name][0],
+      'rule': chosen[name][1],
+      'parameters': methods.parameters(
+        name, task_sizes(problem), *chosen[name]
+      ),
+    }
     for name, ranks in found.items()
   ]
 
@@ -260,6 +266,15 @@ def trained(problem):
   ), a_EV
 
 
+def task_sizes(problem):
+  """The sizes by which `methods.parameters` counts."""
+  from recursive_weights.basis import methods
+
+  members, values = problem.answers.shape
+  width = problem.spec.inputs.shape[-1]
+  return methods.Sizes(members, problem.spec.sizes['train'], width, values)
+
+
 def summary(ranks: list[np.ndarray], ours: list[np.ndarray]) -> dict:
   """Means over questions and seeds with intervals, and against the basis."""
   from recursive_weights.evaluators import _bootstrap, retrieval
@@ -284,7 +299,8 @@ def table(rows: list[dict]) -> str:
   """Recall@1 by method and number of training questions, as Markdown.
 
   In brackets what the basis has more, with its interval; bold where that
-  interval holds no 0.
+  interval holds no 0. `parameters`: of `methods.parameters`, from the least to
+  the most where they change with the settings that were chosen.
   """
   counts = sorted({row['train_questions'] for row in rows})
   names = list(dict.fromkeys(row['method'] for row in rows))
@@ -301,11 +317,18 @@ def table(rows: list[dict]) -> str:
     gap = f'{row["recall_1/basis_gap"]:+.3f}'
     return f'{text} ({f"**{gap}**" if low > 0 or high < 0 else gap})'
 
-  head = ['method', *(f'{n} a cluster' for n in counts)]
+  def stored(name):
+    found = {row.get('parameters') for row in rows if row['method'] == name}
+    known = sorted(found - {None})
+    return ' to '.join(f'{x:,}' for x in dict.fromkeys(known[:1] + known[-1:]))
+
+  head = ['method', 'parameters', *(f'{n} a cluster' for n in counts)]
   lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
   lines += [
     '| '
-    + ' | '.join([name, *(cell(cells.get((name, n))) for n in counts)])
+    + ' | '.join(
+      [name, stored(name), *(cell(cells.get((name, n))) for n in counts)]
+    )
     + ' |'
     for name in names
   ]

@@ -49,6 +49,9 @@ def test_adapters_are_as_large_as_operators():
     ('independent', {}, 'chemistry', "got scheme 'independent': leave"),
     ('hub', {}, 'chemistry', "got scheme 'residual hub': leave"),
     ('derived', {'model': {'name': 'ctm'}}, '', "must be .*, got 'ctm'"),
+    ('derived', {}, 'LOGOS', "trained on, LOGOS, PHYSIS.*, got 'LOGOS'"),
+    # The file that LOGOS is read from.
+    ('derived', {}, 'statistics', "trained on, LOGOS.*, got 'statistics'"),
   ],
 )
 def test_runs_that_cannot_be_measured_are_refused(

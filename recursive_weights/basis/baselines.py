@@ -74,7 +74,7 @@ def dual(clusters: Clusters, ridge: float) -> tuple[Array, Array]:
   Raises:
     UserError: ridge < 0.
   """
-  if ridge < 0:
+  if not ridge >= 0:
     raise UserError(f'ridge must be >= 0, got {ridge}')
   root_ET = jnp.sqrt(clusters.weight_ET)
   x_ETD = root_ET[..., None] * clusters.q_ETD
@@ -136,14 +136,19 @@ def graph_laplacian(
   Source: UnifyWeaver, smoothness regularisation ('unified').
 
   Raises:
-    UserError: strength < 0, ridge <= 0, or S not square.
+    UserError: strength < 0, ridge <= 0, or S not of the members.
   """
   _positive(ridge=ridge)
-  if strength < 0:
+  if not strength >= 0:
     raise UserError(f'strength must be >= 0, got {strength}')
   q_ETD, a_ETV, weight_ET = clusters
   members, questions = weight_ET.shape
-  penalty_EE = ridge * jnp.eye(members) + strength * laplacian(similarity_EE)
+  graph_EE = laplacian(similarity_EE)
+  if len(graph_EE) != members:
+    raise UserError(
+      f'similarity_EE must be of the {members} clusters, got {graph_EE.shape}'
+    )
+  penalty_EE = ridge * jnp.eye(members) + strength * graph_EE
   near_EE = cho_solve(cho_factor(penalty_EE), jnp.eye(members))
   root_ET1 = jnp.sqrt(weight_ET)[..., None]
   q_ND = (root_ET1 * q_ETD).reshape(members * questions, -1)
@@ -248,9 +253,12 @@ def low_rank(
   Source: A. Mukherjee and J. Zhu, Reduced rank ridge regression, 2011.
 
   Raises:
-    UserError: rank or ridge is not positive.
+    UserError: rank is not in 1 .. min(D, V), or ridge is not positive.
   """
-  _positive(rank=rank, ridge=ridge)
+  _positive(ridge=ridge)
+  limit = min(w_EDV.shape[1:])
+  if not 0 < rank <= limit:
+    raise UserError(f'rank must be in 1 .. {limit}, got {rank}')
   q_ETD, a_ETV, weight_ET = clusters
   left_ETV = a_ETV - einsum('etd,edv->etv', q_ETD, w_EDV)
   rest = Clusters(q_ETD, left_ETV, weight_ET)
@@ -278,5 +286,5 @@ def _repeat(clusters, w_DV):
 
 def _positive(**values):
   for name, x in values.items():
-    if x <= 0:
+    if not x > 0:  # NaN is not
       raise UserError(f'{name} must be > 0, got {x}')

@@ -39,11 +39,16 @@ def group(
     allow_empty: clusters may have no question.
 
   Raises:
-    UserError: shapes disagree, a number is not finite, a member is out of
-      range or has no question.
+    UserError: no numbers, shapes disagree, a number is not finite, a member is
+      no integer, out of range or has no question.
   """
-  q_BD, a_BV = np.asarray(q_BD, np.float32), np.asarray(a_BV, np.float32)
-  member_B = np.asarray(member_B)
+  try:
+    q_BD, a_BV = np.asarray(q_BD, np.float32), np.asarray(a_BV, np.float32)
+    member_B = np.asarray(member_B)
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      f'q, a and member must be numbers, rows of one length, got {error}'
+    ) from error
   if q_BD.ndim != 2 or a_BV.ndim != 2 or member_B.ndim != 1:
     raise UserError(
       'q, a and member must be [B, D], [B, V] and [B], got '
@@ -54,6 +59,9 @@ def group(
       'q, a and member must have one row a question, at least one, got '
       f'{len(q_BD)}, {len(a_BV)} and {len(member_B)}'
     )
+  if member_B.dtype.kind not in 'iu':
+    raise UserError(f'member must be integers, got {member_B.dtype}')
+  member_B = member_B.astype(np.int64)  # NumPy counts no unsigned ones
   for name, x in (('q', q_BD), ('a', a_BV)):
     if bad := np.flatnonzero(~np.isfinite(x).all(-1)).tolist():
       raise UserError(f'{name} must be finite, got NaN or inf in rows {bad}')
@@ -140,11 +148,22 @@ def by_block(function: Callable[..., Tree], each: int, *trees: Tree) -> Tree:
   return jax.tree.map(join, found)
 
 
-def check(clusters: Clusters, rank: int) -> None:
+def check(
+  clusters: Clusters,
+  rank: int,
+  *,
+  basis_RDV: Array | None = None,
+  graph_EE: Array | None = None,
+) -> None:
   """Shapes agree and can hold `rank` bases.
 
+  Args:
+    basis_RDV: where a fit starts, if it is given.
+    graph_EE: of an objective that couples members.
+
   Raises:
-    UserError: with the shapes.
+    UserError: with the shapes; where weights are not traced, one is negative or
+      not finite. Clusters without weight hold no basis.
   """
   q, a, weight = (x.shape for x in clusters)
   if len(q) != 3 or len(a) != 3 or q[:2] != a[:2] or q[:2] != weight:
@@ -152,9 +171,27 @@ def check(clusters: Clusters, rank: int) -> None:
       f'clusters must be [E, T, D], [E, T, V] and [E, T], got {q}, {a}, '
       f'{weight}'
     )
-  limit = min(q[0], q[2] * a[2])
+  members = q[0]
+  if not isinstance(clusters.weight_ET, jax.core.Tracer):
+    weight_ET = np.asarray(clusters.weight_ET)
+    good_ET = np.isfinite(weight_ET) & (weight_ET >= 0)
+    if bad := np.flatnonzero(~good_ET.all(-1)).tolist():
+      raise UserError(
+        f'weights must be finite and >= 0, got others in clusters {bad}'
+      )
+    members = int((weight_ET > 0).any(-1).sum())
+  limit = min(members, q[2] * a[2])
   if not 0 < rank <= limit:
     raise UserError(
-      f'rank must be in 1 .. {limit} (clusters, or entries of a weight), '
-      f'got {rank}'
+      f'rank must be in 1 .. {limit} (clusters with a question, or entries of '
+      f'a weight), got {rank}'
+    )
+  if basis_RDV is not None and basis_RDV.shape != (rank, q[2], a[2]):
+    raise UserError(
+      f'the basis must be {(rank, q[2], a[2])}, as questions and answers are, '
+      f'got {basis_RDV.shape}'
+    )
+  if graph_EE is not None and graph_EE.shape != (q[0], q[0]):
+    raise UserError(
+      f'similarity_EE must be of the {q[0]} clusters, got {graph_EE.shape}'
     )

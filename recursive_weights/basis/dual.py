@@ -247,7 +247,7 @@ def run(
   Raises:
     UserError: the rank does not fit, or another objective.
   """
-  check(clusters, rank)
+  check(clusters, rank, graph_EE=objective.graph_EE)
   if objective.sparsity or objective.ridge <= 0:
     raise UserError(
       'a fit through rows needs ridge > 0 and sparsity 0, got '

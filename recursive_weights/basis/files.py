@@ -37,7 +37,8 @@ def save(folder: str | pathlib.Path, stored: Stored) -> None:
   """Writes `basis.safetensors` and `basis.json` into a folder.
 
   Raises:
-    UserError: names are not one a member, or shapes disagree.
+    UserError: names are not one a member, shapes disagree, names or facts are
+      not JSON, or the folder cannot be written.
   """
   check(stored)
   c_ER, basis_RDV = (np.asarray(x) for x in stored[:2])
@@ -50,9 +51,18 @@ def save(folder: str | pathlib.Path, stored: Stored) -> None:
     'names': list(stored.names),
     'facts': stored.facts,
   }
+  try:
+    text = json.dumps(about, indent=1) + '\n'
+    json.dumps(stored.facts, sort_keys=True)  # as `tensors.write` has them
+  except (TypeError, ValueError) as error:
+    raise UserError(f'names and facts must be JSON, got {error}') from error
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'basis.json').write_text(text)
+  except OSError as error:
+    raise UserError(f'cannot write a basis to {folder}: {error}') from error
   arrays = {'coefficients': c_ER, 'basis': basis_RDV}
   tensors.write(folder / 'basis.safetensors', arrays, about)
-  (folder / 'basis.json').write_text(json.dumps(about, indent=1) + '\n')
 
 
 def load(folder: str | pathlib.Path) -> Stored:

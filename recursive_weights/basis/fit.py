@@ -158,7 +158,12 @@ def make(
     )
 
   def init(clusters, basis_RDV):
-    check(clusters, basis_RDV.shape[0])
+    check(
+      clusters,
+      basis_RDV.shape[0],
+      basis_RDV=basis_RDV,
+      graph_EE=objective.graph_EE,
+    )
     retract = subspace.normalise
     if orthonormalise_every:
       retract = subspace.orthonormalise

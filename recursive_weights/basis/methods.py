@@ -3,6 +3,7 @@
 `METHODS[name].fit(clusters, a_EV, **settings) -> score`, and
 `score(q_BD) -> {rule: scores_BE}`: every rule of `routing` that the method has.
 `METHODS[name].grid` are the settings to choose among, on validation questions.
+`parameters` counts what is kept of a fit.
 """
 
 import functools
@@ -24,11 +25,38 @@ Score = Callable[[Array], dict[str, Array]]
 BASES = ('zero', 'identity')
 
 
+class Sizes(NamedTuple):
+  """E members, N training questions of all, of widths D, answers of V."""
+
+  members: int
+  questions: int
+  width: int
+  values: int
+
+
+def _matrices(sizes: Sizes, **_) -> int:
+  return sizes.members * sizes.width * sizes.values
+
+
 class Method(NamedTuple):
-  """See the module."""
+  """See the module; `count(sizes, **settings)` is of `parameters`."""
 
   fit: Callable[..., Score]
   grid: tuple[dict[str, Any], ...] = ({},)
+  count: Callable[..., int] = _matrices
+
+
+def parameters(
+  name: str, sizes: Sizes, settings: dict[str, Any], rule: str
+) -> int:
+  """Numbers that a method keeps, beside the answers, to score by `rule`.
+
+  A member's own weight counts as its `D V` matrix, though with fewer than
+  `D V / (D + V)` questions the rows of `baselines.dual` are less, `N (D + V)`
+  for all. Rules that go through a mixture keep the mean questions too.
+  """
+  means = sizes.members * sizes.width if rule.startswith('routed') else 0
+  return METHODS[name].count(sizes, **settings) + means
 
 
 def members(
@@ -74,7 +102,7 @@ def basis(
   """Weights of the shared basis, `[E, D, V]`.
 
   Through rows (`dual.run`) with `steps` steps. A rank above the number of
-  members is that number.
+  members with a question is that number.
   """
   coupled: dict[str, Any] = {}
   if similarity:
@@ -83,7 +111,8 @@ def basis(
       'similarity_EE': answer_graph(a_EV),
     }
   objective = objective_lib.make(ridge=ridge, cosine=cosine, **coupled)
-  rank = min(rank, len(a_EV))
+  asked = int(jnp.any(clusters.weight_ET > 0, -1).sum())
+  rank = min(rank, asked)
   c_ER, basis_RDV, _ = dual.run(
     objective, clusters, rank, steps=steps, warm_ridge=1.0, warm_steps=steps
   )
@@ -125,6 +154,7 @@ def adapter(
   """`baselines.low_rank` on the shared weight."""
   del a_EV
   start_EDV = baselines.shared(clusters, ridge=shared)
+  rank = min(rank, *start_EDV.shape[1:])
   return baselines.low_rank(clusters, start_EDV, rank=rank, ridge=ridge)
 
 
@@ -240,21 +270,45 @@ def _of(weights):
   return functools.partial(members, weights)
 
 
+def _prototypes(sizes: Sizes, **_) -> int:
+  return sizes.members * sizes.width
+
+
+def _adapters(sizes: Sizes, *, rank: int, **_) -> int:
+  each = rank * (sizes.width + sizes.values)
+  return sizes.width * sizes.values + sizes.members * each
+
+
+def _bases(sizes: Sizes, *, rank: int, **_) -> int:
+  rank = min(rank, sizes.members)
+  return rank * (sizes.width * sizes.values + sizes.members)
+
+
 _scores = jax.jit(routing.scores, static_argnames='temperatures')
 _RIDGES = (0.1, 0.3, 1.0, 3.0)
 
+# `configs/basis_retrieval.py` says where a choice was an end of its grid.
 METHODS = {
-  'identity': Method(_of(_plain(baselines.identity))),
-  'centroid': Method(
-    centroid, _product(share=(0.2, 0.35, 0.5, 0.65, 0.8, 1.0))
+  'identity': Method(
+    _of(_plain(baselines.identity)), count=lambda sizes, **_: 0
   ),
-  'nearest_question': Method(nearest),
+  'centroid': Method(
+    centroid,
+    _product(share=(0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)),
+    _prototypes,
+  ),
+  'nearest_question': Method(
+    nearest, count=lambda sizes, **_: sizes.questions * sizes.width
+  ),
   'multi_head': Method(
-    multi_head, _product(temperature=(0.01, 0.02, 0.05, 0.1, 0.2))
+    multi_head,
+    _product(temperature=(0.01, 0.02, 0.05, 0.1, 0.2)),
+    _prototypes,
   ),
   'shared': Method(
     _of(_plain(baselines.shared)),
-    _product(base=BASES, ridge=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
+    _product(base=BASES, ridge=(0.03, *_RIDGES, 10.0, 30.0, 100.0)),
+    lambda sizes, **_: sizes.width * sizes.values,
   ),
   'pseudo_inverse': Method(
     _of(_plain(baselines.independent)), _product(base=BASES)
@@ -265,39 +319,58 @@ METHODS = {
   ),
   'gradient': Method(
     _of(_plain(baselines.gradient)),
-    _product(base=BASES, cosine=(0.0, 0.5), steps=(2, 5, 20, 100)),
+    _product(base=BASES, cosine=(0.0, 0.5, 0.7), steps=(1, 2, 5, 20, 100)),
   ),
   'procrustes': Method(_of(_plain(baselines.procrustes))),
   'laplacian': Method(
     _of(coupled),
-    _product(base=BASES, strength=(0.3, 1.0, 3.0), ridge=(0.1, 0.3, 1.0)),
+    _product(
+      base=BASES,
+      strength=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+      ridge=(0.03, *_RIDGES),
+    ),
   ),
   'kernel': Method(
     _of(smoothed),
-    _product(base=BASES, length=(0.2, 0.4, 0.8), ridge=(0.1, 0.3, 1.0)),
+    _product(
+      base=BASES, length=(0.05, 0.1, 0.2, 0.4, 0.8), ridge=(0.03, *_RIDGES)
+    ),
   ),
   'low_rank': Method(
     _of(adapter),
     _product(
-      base=BASES, rank=(1, 4), ridge=(0.3, 1.0), shared=(0.3, 3.0, 30.0)
+      base=BASES,
+      rank=(1, 4, 8),
+      ridge=(0.1, 0.3, 1.0, 3.0),
+      shared=(0.3, 3.0, 30.0),
     ),
+    _adapters,
   ),
   'classifier': Method(
     classifier,
     _product(
-      temperature=(0.03, 0.05, 0.1, 0.2, 0.4, 0.8),
-      pull=(0.1, 0.3, 1.0, 3.0, 10.0),
+      temperature=(0.015, 0.03, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6),
+      pull=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
     ),
+    _prototypes,
   ),
   'basis': Method(
     _of(basis),
     _product(
       base=('identity',),
-      rank=(8, 32),
-      ridge=(0.1, 0.3, 1.0),
+      rank=(4, 8, 32, 64),
+      ridge=(0.03, *_RIDGES),
       similarity=(0.0, 0.05, 0.5),
     )
-    + _product(base=('zero',), rank=(8,), ridge=(0.1, 1.0), similarity=(0.0,)),
+    # The angle is the prediction's own: of what the identity leaves it is not.
+    + _product(
+      base=('zero',),
+      rank=(8, 32),
+      ridge=(0.1, 1.0),
+      similarity=(0.0,),
+      cosine=(0.0, 0.5),
+    ),
+    _bases,
   ),
 }
 

@@ -1,10 +1,12 @@
 """What a basis and its coefficients are judged by."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from recursive_weights.basis.clusters import Clusters, by_block
 from recursive_weights.interfaces import Array, UserError
@@ -44,7 +46,7 @@ def make(
     similarity_EE: `S_ij >= 0`, symmetric; needed where `similarity` > 0.
 
   Raises:
-    UserError: a weight out of range, or `similarity_EE` missing or not square.
+    UserError: a weight out of range, or `similarity_EE` missing or not one.
   """
   if not 0 <= cosine <= 1:
     raise UserError(f'cosine must be in [0, 1], got {cosine}')
@@ -53,8 +55,8 @@ def make(
     ('sparsity', sparsity),
     ('similarity', similarity),
   ):
-    if x < 0:
-      raise UserError(f'{name} must be >= 0, got {x}')
+    if not 0 <= x < math.inf:
+      raise UserError(f'{name} must be >= 0 and finite, got {x}')
   if not similarity:
     return Objective(cosine, ridge, sparsity)
   if similarity_EE is None:
@@ -70,11 +72,19 @@ def laplacian(similarity_EE: Array) -> Array:
   """`L = diag(Σ_j S_ij) - S`, so `Σ_ij S_ij |x_i - x_j|² = 2 tr xᵀ L x`.
 
   Raises:
-    UserError: S is not square.
+    UserError: S is not square, or, where it is not traced, has a number that is
+      negative or not finite.
   """
   s_EE = jnp.asarray(similarity_EE, jnp.float32)
   if s_EE.ndim != 2 or s_EE.shape[0] != s_EE.shape[1]:
     raise UserError(f'similarity_EE must be square, got {s_EE.shape}')
+  if not isinstance(s_EE, jax.core.Tracer):
+    seen_EE = np.asarray(s_EE)
+    bad_EE = ~(np.isfinite(seen_EE) & (seen_EE >= 0))
+    if bad_EE.any():
+      raise UserError(
+        f'similarity_EE must be >= 0 and finite, got {seen_EE[bad_EE][0]}'
+      )
   s_EE = (s_EE + s_EE.T) / 2
   return jnp.diag(s_EE.sum(1)) - s_EE
 

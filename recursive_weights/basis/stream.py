@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from recursive_weights.basis.objective import einsum
@@ -61,14 +63,29 @@ def update(
     forget: factor of all earlier sums, in (0, 1].
 
   Raises:
-    UserError: a number out of range.
+    UserError: a number out of range; where arrays are not traced, a member out
+      of range or a row that is not finite.
   """
-  if ridge <= 0 or strength < 0 or not 0 < forget <= 1:
+  if not (ridge > 0 and strength >= 0 and 0 < forget <= 1):
     raise UserError(
       'ridge must be > 0, strength >= 0 and forget in (0, 1], got '
       f'{ridge}, {strength} and {forget}'
     )
   c_ER, basis_RDV, gram_ERR, right_ER = stream
+  for name, x in (('q', q_BD), ('a', a_BV)):
+    if isinstance(x, jax.core.Tracer):
+      continue
+    # One such row would be in all later sums.
+    if bad := np.flatnonzero(~np.isfinite(x).all(-1)).tolist():
+      raise UserError(f'{name} must be finite, got NaN or inf in rows {bad}')
+  if not isinstance(member_B, jax.core.Tracer):
+    # JAX would take the nearest member, or count from the end.
+    out_B = np.asarray(member_B)
+    out_B = out_B[(out_B < 0) | (out_B >= len(c_ER))]
+    if out_B.size:
+      raise UserError(
+        f'member must be in 0 .. {len(c_ER) - 1}, got {out_B.tolist()}'
+      )
   if strength:
     c_BR = c_ER[member_B]
     seen_BRV = einsum('bd,rdv->brv', q_BD, basis_RDV)

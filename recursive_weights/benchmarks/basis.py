@@ -27,6 +27,7 @@ from recursive_weights.basis import clusters as clusters_lib
 from recursive_weights.basis import dual, initial
 from recursive_weights.basis import fit as fit_lib
 from recursive_weights.basis import objective as objective_lib
+from recursive_weights.interfaces import UserError
 
 ALGORITHMS = ('loops', 'alternating', 'rows')
 # What NumPy's and XLA's libraries read.
@@ -259,9 +260,16 @@ def main() -> None:
   parser.add_argument('--tolerance', type=float, default=0.0)
   parser.add_argument('--target', type=float, default=0.0, help='of the loss')
   size = parser.parse_args()
+  for name in ('members', 'questions', 'width', 'rank'):
+    if getattr(size, name) < 1:
+      parser.error(f'--{name} must be > 0, got {getattr(size, name)}')
   clusters = problem(size)
   for name in size.algorithm:
-    setup, times, losses, more = globals()[name](clusters, size)
+    try:
+      clusters_lib.check(clusters, size.rank)
+      setup, times, losses, more = globals()[name](clusters, size)
+    except UserError as error:
+      parser.error(str(error))
     wall, processor = np.median(np.array(times), 0) if times else (0, 0)
     line = {
       'algorithm': name,

@@ -23,6 +23,7 @@ from recursive_weights.derivation import report
 from recursive_weights.evaluators import accuracy
 from recursive_weights.interfaces import UserError
 from recursive_weights.models import specialists
+from recursive_weights.tasks import domains
 
 RATES = (1e-3, 3e-3, 1e-2)
 ADAM = optax.scale_by_adam()
@@ -66,6 +67,13 @@ def check(workdir: pathlib.Path, domain: str) -> None:
     raise UserError(
       f'{workdir} must have a centre that all members share for --domain, got '
       f'scheme {scheme(config)!r}: leave --domain out, or give another run'
+    )
+  trained = config['task']['domains'] or tuple(domains.FILES)
+  files = {domains.FILES.get(name, name) for name in trained}
+  if domains.FILES.get(domain, domain) in files:
+    raise UserError(
+      f'--domain must be a book beside those that {workdir} was trained on, '
+      f'{", ".join(trained)}, got {domain!r}'
     )
 
 

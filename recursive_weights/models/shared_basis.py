@@ -33,7 +33,7 @@ def make(
     answers: embeddings `[E, V]`, of the task; None where inputs are pairs of
       question and answer, one after the other, and the scores say whose they
       are: `-|q W_i - a|² / τ`, the rule 'distance' without `identity`.
-    rank: R, bases.
+    rank: R, bases; at most E, and the entries of a weight, D V.
     rule: of `routing.scores`: 'distance', 'dot' or 'cosine'.
     temperature: τ; matters where scores are trained by cross-entropy.
     identity: members' weights are the identity and what the basis adds.
@@ -49,8 +49,6 @@ def make(
     )
   if temperature <= 0:
     raise UserError(f'temperature must be > 0, got {temperature}')
-  if rank < 1:
-    raise UserError(f'rank must be > 0, got {rank}')
   if jnp.dtype(dtype) != jnp.float32:
     raise UserError(f"dtype must be 'float32' here, got {jnp.dtype(dtype)}")
   shape = getattr(spec.inputs, 'shape', None)
@@ -78,6 +76,12 @@ def make(
   if identity and width != values:
     raise UserError(
       f'identity needs answers of the size of questions, {width}, got {values}'
+    )
+  limit = min(members, width * values)
+  if not 0 < rank <= limit:
+    raise UserError(
+      f'rank must be in 1 .. {limit} (members, or entries of a weight), '
+      f'got {rank}'
     )
 
   def init(key, inputs):

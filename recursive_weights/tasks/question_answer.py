@@ -5,6 +5,7 @@ set is judged by where the right one stands.
 """
 
 import hashlib
+import typing
 import zlib
 from typing import Literal, NamedTuple
 
@@ -70,8 +71,8 @@ def make(
     seed: order of the training questions.
     path: .json, .jsonl or .csv; '' for questions and answers without words,
       whose clusters' weights share a basis by construction (`planted`).
-    where: `(field, value)` of the rows to take; () for all. `where`, `limit`
-      and `transfer` need a file; without one `encoder` has nothing to read.
+    where: `(field, value)` of the rows to take; () for all. This, `limit`, the
+      fields' names, `transfer`, `encoder` and `folder` need a file.
     limit: most clusters to take, the first ones; 0 for all.
     question: field with a question, or a list of them.
     answer: field with the answer's text.
@@ -97,8 +98,8 @@ def make(
 
   Raises:
     UserError: a file or field is missing or wrong, a cluster has no question,
-      embeddings of two dimensions or not finite, a number out of range; where,
-      limit or transfer without a path.
+      embeddings of two dimensions or not finite, a number out of range; what is
+      said of a file without a path.
   """
   _splits.check_seed(seed)
   for name, x in (
@@ -109,6 +110,10 @@ def make(
   ):
     if x < 0:
       raise UserError(f'{name} must be >= 0, got {x}')
+  if encoder not in typing.get_args(Encoder):
+    raise UserError(
+      f"encoder must be 'minilm', 'hash' or 'stored', got {encoder!r}"
+    )
   limits = train_questions, validation_questions
   if path:
     fields = _question_files.Fields(
@@ -120,11 +125,24 @@ def make(
       clusters, limits, transfer, split_seed, encoder, folder, cache
     )
   else:
-    of_a_file = {'where': where, 'limit': limit, 'transfer': transfer}
-    if given := [name for name, x in of_a_file.items() if x]:
+    of_a_file = {
+      'where': tuple(where),
+      'limit': limit,
+      'question': question,
+      'answer': answer,
+      'cluster': cluster,
+      'test': test,
+      'split': split,
+      'test_split': test_split,
+      'transfer': transfer,
+      'encoder': encoder,
+      'folder': folder,
+    }
+    default = make.__kwdefaults__ or {}
+    if given := [name for name, x in of_a_file.items() if x != default[name]]:
       raise UserError(
         f'{", ".join(given)} must be unset without a file: the planted set has '
-        'no rows to choose; give path'
+        'no rows to choose and no text; give path'
       )
     data = planted(members, width, rank, noise, limits, split_seed)
   return _task(data, seed)
@@ -240,13 +258,9 @@ def _from_clusters(
 def _encode(texts, encoder, folder, cache):
   if encoder == 'hash':
     return hashed(texts)
-  if encoder == 'minilm':
-    from recursive_weights.models import sentence_encoder
+  from recursive_weights.models import sentence_encoder
 
-    return sentence_encoder.embed(texts, folder=folder, cache=cache)
-  raise UserError(
-    f"encoder must be 'minilm', 'hash' or 'stored', got {encoder!r}"
-  )
+  return sentence_encoder.embed(texts, folder=folder, cache=cache)
 
 
 def _choose(parts, limits, split_seed):

@@ -164,6 +164,15 @@ def test_bad_settings_are_told():
     baselines.independent(clusters, ridge=-1)
   with pytest.raises(UserError, match='kind must be one of'):
     baselines.kernel(clusters, baselines.identity(clusters), kind='box')
+  with pytest.raises(UserError, match='ridge must be > 0, got nan'):
+    baselines.shared(clusters, ridge=np.nan)
+  for rank in (0, D + 1):
+    with pytest.raises(
+      UserError, match=f'rank must be in 1 .. {D}, got {rank}'
+    ):
+      baselines.low_rank(clusters, jnp.zeros((E, D, D)), rank=rank)
+  with pytest.raises(UserError, match=r'of the 6 clusters, got \(7, 7\)'):
+    baselines.graph_laplacian(clusters, jnp.ones((E + 1, E + 1)))
   other = clusters._replace(a_ETV=jnp.zeros((E, T, D + 1)))
   with pytest.raises(UserError, match='needs answers of the size'):
     baselines.identity(other)

@@ -11,6 +11,7 @@ from recursive_weights.basis import clusters as clusters_lib
 from recursive_weights.basis import fit as fit_lib
 from recursive_weights.basis import initial, lagrangian
 from recursive_weights.basis import objective as objective_lib
+from recursive_weights.benchmarks import basis as benchmark
 from recursive_weights.benchmarks import recovery
 from recursive_weights.interfaces import UserError
 from recursive_weights.tasks import _planted
@@ -219,3 +220,21 @@ def test_a_planted_basis_is_recovered(draws, questions, error, angle):
   beside = recovery.beside(draws, questions=questions, noise=0.05)
   assert beside['known']['median'] < found['error']['median']
   assert beside['independent']['median'] > 0.7
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ('--rank 9 --members 3', 'rank must be in 1 .. 3 '),
+    ('--rank 0', '--rank must be > 0, got 0'),
+    ('--solver x --algorithm alternating', "got 'x'"),
+  ],
+)
+def test_a_benchmark_tells_what_it_cannot_time(
+  monkeypatch, capsys, flags, message
+):
+  small = 'basis --members 3 --width 2 --rank 2 '
+  monkeypatch.setattr('sys.argv', [*small.split(), *flags.split()])
+  with pytest.raises(SystemExit, match='2'):
+    benchmark.main()
+  assert message in capsys.readouterr().err

@@ -131,6 +131,11 @@ def test_grouping_keeps_rows_and_their_order():
     (lambda q, a, m: (q, a[:-1], m), 'one row a question'),
     (lambda q, a, m: (q[0], a, m), r'must be \[B, D\]'),
     (lambda q, a, m: (q, a, m - 1), 'member must be in'),
+    (lambda q, a, m: (q, a, m + 0.5), 'must be integers, got float64'),
+    (lambda q, a, m: (q, a, m.astype(str)), 'must be integers, got <U'),
+    (lambda q, a, m: (q, a, [[0], [1, 2]]), 'rows of one length'),
+    (lambda q, a, m: ([[1.0], [1.0, 2.0]], a, m), 'rows of one length'),
+    (lambda q, a, m: (q, [['a']], m), 'must be numbers'),
   ],
 )
 def test_bad_data_is_told(change, message):
@@ -144,15 +149,58 @@ def test_a_rank_that_the_data_cannot_hold_is_told(rank):
     clusters_lib.check(clusters_lib.group(*rows()), rank)
 
 
+def test_members_without_questions_hold_no_basis():
+  clusters = clusters_lib.pad(clusters_lib.group(*rows()), E + 3, T)
+  clusters_lib.check(clusters, E)
+  with pytest.raises(
+    UserError, match=f'rank must be in 1 .. {E} .*got {E + 1}'
+  ):
+    clusters_lib.check(clusters, E + 1)
+  # Traced weights are not known, and no error.
+  jax.eval_shape(lambda c: clusters_lib.check(c, E + 1), clusters)
+
+
+@pytest.mark.parametrize('weight', [np.nan, np.inf, -1.0])
+def test_weights_that_are_none_are_told(weight):
+  clusters = clusters_lib.group(*rows())
+  weight_ET = clusters.weight_ET.at[3, 0].set(weight)
+  with pytest.raises(UserError, match=r'>= 0, got others in clusters \[3\]'):
+    clusters_lib.check(clusters._replace(weight_ET=weight_ET), R)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'basis_RDV': np.ones((R, D + 1, V))}, r'basis must be \(2, 4, 6\).*5, 6'),
+    ({'graph_EE': np.eye(E + 1)}, r'of the 5 clusters, got \(6, 6\)'),
+  ],
+)
+def test_what_is_of_other_sizes_than_the_clusters_is_told(fields, message):
+  clusters = clusters_lib.group(*rows())
+  basis_RDV = np.ones((R, D, V))
+  clusters_lib.check(clusters, R, basis_RDV=basis_RDV, graph_EE=np.eye(E))
+  with pytest.raises(UserError, match=message):
+    clusters_lib.check(clusters, R, **fields)
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
     ({'cosine': 1.5}, 'cosine must be in'),
-    ({'ridge': -1.0}, 'ridge must be >= 0, got -1'),
+    ({'ridge': -1.0}, 'ridge must be >= 0 and finite, got -1'),
+    ({'cosine': np.nan}, r'cosine must be in \[0, 1\], got nan'),
+    ({'ridge': np.nan}, 'ridge must be >= 0 .*got nan'),
+    ({'ridge': np.inf}, 'ridge must be >= 0 .*got inf'),
+    ({'sparsity': np.nan}, 'sparsity must be >= 0 .*got nan'),
+    ({'similarity': -np.nan}, 'similarity must be >= 0 .*got nan'),
     ({'similarity': 1.0}, 'similarity_EE must be given'),
     (
       {'similarity': 1.0, 'similarity_EE': np.ones((2, 3))},
       'must be square',
+    ),
+    (
+      {'similarity': 1.0, 'similarity_EE': -np.ones((2, 2))},
+      'similarity_EE must be >= 0 and finite, got -1',
     ),
   ],
 )

@@ -93,6 +93,24 @@ def test_a_stream_in_any_order_is_the_solution_on_all_questions():
   np.testing.assert_array_equal(state.basis_RDV, basis_RDV)
 
 
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'member_B': [0, 9, -1]}, r'member must be in 0 .. 3, got \[9, -1\]'),
+    ({'q_BD': [[1.0], [np.nan], [1.0]]}, r'q must be finite, .*rows \[1\]'),
+    ({'a_BV': [[1.0], [1.0], [np.inf]]}, r'a must be finite, .*rows \[2\]'),
+    ({'ridge': np.nan}, 'ridge must be > 0'),
+  ],
+)
+def test_rows_that_would_spoil_a_stream_are_told(change, message):
+  state = stream.init(4, jnp.ones((1, 1, 1)))
+  good = {'q_BD': np.ones((3, 1)), 'a_BV': np.ones((3, 1)), 'ridge': 1.0}
+  good['member_B'] = np.arange(3)
+  change = {k: np.asarray(x) for k, x in change.items()}
+  with pytest.raises(UserError, match=message):
+    stream.update(state, **good | change)
+
+
 def test_a_basis_follows_a_stream():
   truth, clusters = planted(noise=0.02)
   draw = np.random.default_rng(1)
@@ -184,6 +202,14 @@ def test_files_come_back_and_say_what_they_are(tmp_path):
     files.save(tmp_path, stored._replace(names=['a']))
   with pytest.raises(UserError, match='there is no file'):
     files.load(tmp_path / 'none')
+  # Nothing that cannot be written takes the place of what was.
+  for facts in ({'a': np.float32(1)}, {'a': {1}}, {1: 0, 'a': 0}):
+    with pytest.raises(UserError, match='names and facts must be JSON, got'):
+      files.save(tmp_path, stored._replace(facts=facts))
+  assert files.load(tmp_path)[2:] == stored[2:]
+  for folder in ('basis.json', 'basis.json/under'):
+    with pytest.raises(UserError, match='cannot write a basis to '):
+      files.save(tmp_path / folder, stored)
 
 
 def test_files_of_other_programs_are_told(tmp_path):

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_weights.basis import baselines, dual, methods, routing, solve
 from recursive_weights.basis import clusters as clusters_lib
-from recursive_weights.basis import methods, routing
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.interfaces import UserError
 
@@ -121,6 +121,51 @@ def test_every_method_takes_clusters_without_questions(name):
   if name != 'multi_head':
     rule = next(iter(scores))
     assert np.ptp(scores[rule][:, 1]) > 1e-4
+
+
+def test_parameters_are_the_sizes_of_what_is_kept():
+  clusters, a_EV, _ = problem()
+  sizes = methods.Sizes(E, E * T, D, D)
+
+  def count(name, rule='dot', **settings):
+    return methods.parameters(name, sizes, settings, rule)
+
+  means_ED = routing.centroids(clusters, a_EV)
+  assert count('identity') == 0
+  assert count('identity', 'routed@0.1') == means_ED.size
+  for name in ('centroid', 'multi_head'):
+    assert count(name) == means_ED.size
+  assert count('nearest_question') == clusters.q_ETD.size
+  # The members' weights are one.
+  w_EDV = baselines.shared(clusters)
+  assert count('shared') == w_EDV[0].size and not np.any(w_EDV - w_EDV[:1])
+  w_EDV = baselines.independent(clusters)
+  for name in ('pseudo_inverse', 'ridge', 'gradient', 'procrustes', 'kernel'):
+    assert count(name) == w_EDV.size
+  w_EDV = methods.coupled(clusters, a_EV, strength=0.1, ridge=0.1)
+  assert count('laplacian') == w_EDV.size
+  # As many factors as what is added to the shared weight has ranks.
+  w_EDV = methods.adapter(clusters, a_EV, rank=1, ridge=0.1, shared=0.3)
+  rest_EDV = np.asarray(w_EDV - baselines.shared(clusters, ridge=0.3))
+  left, _, right = np.linalg.svd(rest_EDV, full_matrices=False)
+  rank = int(np.linalg.matrix_rank(rest_EDV, tol=1e-5).max())
+  factors = left[..., :rank].size + right[:, :rank].size
+  assert count('low_rank', rank=rank) == rest_EDV[0].size + factors
+  assert rank == 1
+  objective = objective_lib.make(ridge=0.1)
+  c_ER, basis_RDV, _ = jax.eval_shape(
+    lambda: dual.run(objective, clusters, R, steps=2)
+  )
+  assert count('basis', rank=R) == c_ER.size + basis_RDV.size
+  # No more bases than members.
+  assert count('basis', rank=2 * E) == count('basis', rank=E)
+  problem_of = clusters, a_EV, 0.1, 1.0
+  u_ED = jax.eval_shape(
+    lambda: solve.minimise(methods._classifier_loss, a_EV, problem_of, 2)
+  )
+  assert count('classifier', temperature=0.1, pull=1.0) == u_ED.size
+  for name, method in methods.METHODS.items():
+    assert all(count(name, **settings) >= 0 for settings in method.grid)
 
 
 def test_the_base_is_what_training_adds_to():

@@ -158,6 +158,10 @@ def test_the_comparison_has_a_row_for_each_method():
   assert json.loads(json.dumps(rows)) is not None
   text = command.table(rows)
   assert f'{basis["recall_1"]:.3f}' in text and f'(**{gap:+.3f}**)' in text
+  # The member's own weights, with the mean questions if the rule asks them.
+  ridge = rows[1]
+  own = 12 * 6 * 6 + 12 * 6 * ridge['rule'].startswith('routed')
+  assert ridge['parameters'] == own and f'| ridge | {own:,} |' in text
   # A set without validation questions takes another's settings.
   bare = task | {'validation_questions': 0}
   with pytest.raises(UserError, match='no validation questions'):

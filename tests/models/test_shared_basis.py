@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from configs import basis_synthetic
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.interfaces import UserError
 from recursive_weights.models import shared_basis
@@ -93,7 +94,8 @@ def test_the_order_of_the_data_does_not_matter(task):
 def test_bad_settings_are_told(task):
   for fields, message in (
     ({'rule': 'routed'}, "rule must be one of .* got 'routed'"),
-    ({'rank': 0}, 'rank must be > 0, got 0'),
+    ({'rank': 0}, r'rank must be in 1 .. 12 .*got 0'),
+    ({'rank': 13}, r'rank must be in 1 .. 12 \(members.*got 13'),
     ({'temperature': 0.0}, 'temperature must be > 0, got 0'),
     ({'dtype': jnp.bfloat16}, "dtype must be 'float32' here, got bfloat16"),
     ({'answers': task.answers[:, :3]}, 'identity needs answers of the size'),
@@ -118,6 +120,12 @@ def test_bad_settings_are_told(task):
     alternating.make(task, rank=2, identity=True, cosine=0.5)
   with pytest.raises(UserError, match='rank must be in 1'):
     alternating.make(task, rank=13, identity=True)
+
+
+def test_one_rank_is_chosen():
+  assert basis_synthetic.get_config('few,rank2').model.rank == 2
+  with pytest.raises(UserError, match='choose one of rank2, rank8'):
+    basis_synthetic.get_config('rank2,rank8')
 
 
 @pytest.mark.slow

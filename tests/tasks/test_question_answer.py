@@ -240,6 +240,17 @@ def test_a_score_that_is_no_number_finds_nothing():
 
 
 def test_fields_of_a_file_need_one():
-  for fields in ({'transfer': True}, {'limit': 3}, {'where': ('a', 'b')}):
-    with pytest.raises(UserError, match=f'{next(iter(fields))} must be unset'):
+  for fields in (
+    {'transfer': True},
+    {'limit': 3},
+    {'where': ('a', 'b')},
+    {'question': 'text'},
+    {'test': ''},
+    {'encoder': 'hash'},
+    {'folder': 'weights'},
+  ):
+    name = next(iter(fields))
+    with pytest.raises(UserError, match=f'{name} must be unset.*give path'):
       question_answer.make(**fields)
+  with pytest.raises(UserError, match=r"encoder must be .* got 'bert'"):
+    question_answer.make(encoder='bert')

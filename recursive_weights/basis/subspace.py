@@ -89,6 +89,23 @@ def cosines(first_RDV: Array, second_RDV: Array) -> Array:
   return jnp.linalg.svd(cross_RR, compute_uv=False)
 
 
+def coordinates(
+  coefficients_ER: Array, basis_RDV: Array, onto_RDV: Array
+) -> Array:
+  """The members' coefficients on another basis: `c M`, where `G ≈ M H`.
+
+  Least squares: what of `W_i = Σ_k c_ik G_k` lies outside the span of H counts
+  nothing (`cosines` tells how much may). A change of basis within the span
+  leaves them as they are.
+
+  Args:
+    onto_RDV: H, independent matrices; as many as G has, or not.
+  """
+  gram_RR = inner(onto_RDV, onto_RDV)
+  m_RR = jnp.linalg.solve(gram_RR, inner(onto_RDV, basis_RDV)).T
+  return einsum('er,rs->es', coefficients_ER, m_RR)
+
+
 def _qr(x_RDV):
   flat = x_RDV.reshape(x_RDV.shape[0], -1)
   return jnp.linalg.qr(flat.T)[0].T.reshape(x_RDV.shape)

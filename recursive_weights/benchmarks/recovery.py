@@ -5,16 +5,23 @@
 40 members' weights `W_i = sum_k c_ik O_k` share K 4 random orthogonal 32 x 32
 matrices (`tasks/_planted.py`). Fitted are their answers to n questions each,
 with noise of standard deviation s. Prints a JSON line a case, over --draws
-problems: relative squared error on questions held out, smallest principal
-cosine between the planted span and the one found, share of fits that ended
-stationary, each median, least and largest. Baselines: every member's own ridge
-regression, with the ridge that is best on the questions held out; the same fit
-with the planted coefficients given (`known`), which no fit that has to find
-them should beat.
+problems: relative squared error on questions held out, and of the coefficients
+once they stand on the planted basis (`subspace.coordinates`), smallest
+principal cosine between the planted span and the one found, tangent gradient,
+steps taken, each median, least and largest; share of fits that ended
+stationary, which draws did not before their 300 steps ran out (`unfinished`),
+and in which of these no length of step lowered the objective any more, which is
+rounding (`stalled`). Baselines: every member's own ridge regression, with the
+ridge that is best on the questions held out; the same fit with the planted
+coefficients given (`known`), which no fit that has to find them should beat.
 
-Three sweeps: `threshold` (n from 1 to 8, by ridge; at n = 4 there are
+Five sweeps: `threshold` (n from 1 to 8, by ridge; at n = 4 there are
 1.25 K d questions, where a basis begins to be told), `rank` (what is fitted, at
-n = 8, by noise), `noise` (at n = 8, by ridge). All take half an hour of a core.
+n = 8, by noise), `noise` (at n = 8, by ridge), `start` (initial bases, at n = 4
+and 8, with 300 steps and with 3000; and how large the members' gradients are
+where the proposal takes them, by those at 0), `interval` (steps between
+orthonormalisations and between refreshes, 0 is never, at n = 8 by start, K as
+planted and 2). All take a quarter of an hour of a core.
 """
 
 import argparse
@@ -38,7 +45,8 @@ from recursive_weights.basis import (
 from recursive_weights.basis.clusters import Clusters
 from recursive_weights.tasks import _planted
 
-SWEEPS = ('threshold', 'rank', 'noise')
+PICTURED = ('threshold', 'rank', 'noise')
+SWEEPS = (*PICTURED, 'start', 'interval')
 PLANTED = 4
 RIDGES = (1e-6, 1e-3, 1e-1, 1.0)
 RANKS = (1, 2, 3, 4, 5, 6, 8, 12)
@@ -46,31 +54,79 @@ RANKS = (1, 2, 3, 4, 5, 6, 8, 12)
 RANK_NOISES = ((0.05, 1e-3), (0.5, 0.1))
 NOISES = (0.01, 0.05, 0.2, 0.5, 1.0)
 MOST = 8  # questions a member
+# `proposed` is at the pseudo-inverse, the others at 0.
+STARTS = ('stronger', 'ridge', 'all', 'first', 'proposed', 'random')
+# Orthonormalised, refreshed every so many steps; the proposal's are 10, 0.
+INTERVALS = ((0, 0), (1, 0), (10, 0), (1, 1), (1, 5), (1, 20))
+TOLERANCE = 3e-5
 
 
-@functools.partial(jax.jit, static_argnames=('rank', 'steps'))
-def recover(clusters, ridge, key, *, rank: int, steps: int = 300):
-  """Coefficients, basis and tangent gradient of many problems at once.
+def begin(name: str, clusters, rank: int, key) -> jax.Array:
+  """The initial basis of one of `STARTS`."""
+  if name == 'random':
+    width, values = clusters.q_ETD.shape[-1], clusters.a_ETV.shape[-1]
+    return initial.random(key, rank, width, values)
+  if name in ('ridge', 'stronger'):
+    basis_RDV = initial.from_ridge(clusters, rank, key)
+    if name == 'ridge':
+      return basis_RDV
+    return initial.from_stronger_ridge(clusters, basis_RDV)
+  gradients = functools.partial(
+    initial.from_gradients, objective.make(), clusters, rank, key
+  )
+  if name == 'all':
+    return gradients()
+  return gradients(ridge=None if name == 'first' else 0.0, choice='first')
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    'rank',
+    'limit',
+    'start',
+    'orthonormalise_every',
+    'refresh_every',
+  ),
+)
+def recover(
+  clusters,
+  ridge,
+  key,
+  *,
+  rank: int,
+  limit: int = 300,
+  start: str = 'stronger',
+  orthonormalise_every: int = 1,
+  refresh_every: int = 0,
+) -> tuple[fit.State, jax.Array]:
+  """The last states of many problems, and the lengths of their last steps.
 
   Begins at the minimum with a strong ridge, in whose valley the planted basis
-  lies (`initial.from_stronger_ridge`).
+  lies (`initial.from_stronger_ridge`), where `start` names no other.
   """
 
-  def one(clusters, key):
-    basis_RDV = initial.from_ridge(clusters, rank, key)
-    basis_RDV = initial.from_stronger_ridge(clusters, basis_RDV)
-    alternating = fit.make(objective.Objective(ridge=ridge), solver='direct')
-    state, _ = fit.run(
+  def one(problem):
+    clusters, key = problem
+    basis_RDV = begin(start, clusters, rank, key)
+    alternating = fit.make(
+      objective.Objective(ridge=ridge),
+      solver='direct',
+      orthonormalise_every=orthonormalise_every,
+      refresh_every=refresh_every,
+    )
+    state, metrics = fit.run(
       alternating,
       clusters,
       alternating.init(clusters, basis_RDV),
-      steps=steps,
-      tolerance=3e-5,
+      steps=limit,
+      tolerance=TOLERANCE,
     )
-    return state.coefficients_ER, state.basis_RDV, state.tangent
+    return state, metrics['length'][-1]
 
   draws = clusters.weight_ET.shape[0]
-  return jax.vmap(one)(clusters, jax.random.split(key, draws))
+  # In turn, so that each ends with its own last step.
+  return jax.lax.map(one, (clusters, jax.random.split(key, draws)))
 
 
 def known(clusters, coefficients_ER, ridge) -> jax.Array:
@@ -99,26 +155,47 @@ def spread(values) -> dict[str, float]:
   }
 
 
-def case(draws: int, *, questions: int, rank: int, noise: float, ridge: float):
-  """One line: see the module."""
+def case(
+  draws: int,
+  *,
+  questions: int,
+  rank: int,
+  noise: float,
+  ridge: float,
+  **fields,
+):
+  """One line: see the module; `fields` are those of `recover`."""
   problems = [
     _planted.planted(seed, questions=MOST, noise=noise, rank=PLANTED)
     for seed in range(draws)
   ]
   clusters = stacked(problems, questions)
-  found = recover(clusters, ridge, jax.random.key(0), rank=rank)
-  w_BEDV = jax.vmap(objective.weights)(*found[:2])
+  found, length_B = recover(
+    clusters, ridge, jax.random.key(0), rank=rank, **fields
+  )
+  c_BER, basis_BRDV = found.coefficients_ER, found.basis_RDV
+  w_BEDV = jax.vmap(objective.weights)(c_BER, basis_BRDV)
   truth = jnp.asarray(np.stack([p.basis_RDV for p in problems]), jnp.float32)
-  angle_B = jax.vmap(subspace.cosines)(found[1], truth)[:, -1]
-  return {
+  angle_B = jax.vmap(subspace.cosines)(basis_BRDV, truth)[:, -1]
+  on_BER = jax.vmap(subspace.coordinates)(c_BER, basis_BRDV, truth)
+  planted_BER = np.stack([p.coefficients_ER for p in problems])
+  off_B = np.sum((np.asarray(on_BER) - planted_BER) ** 2, (1, 2))
+  open_B = np.asarray(found.tangent) > TOLERANCE
+  stalled_B = open_B & (np.asarray(length_B) == 0)
+  return fields | {
     'questions': questions,
     'rank': rank,
     'noise': noise,
     'ridge': ridge,
     'draws': draws,
     'error': spread(errors(problems, w_BEDV)),
+    'coefficients': spread(off_B / np.sum(planted_BER**2, (1, 2))),
     'cosine': spread(np.asarray(angle_B)),
-    'stationary': float(np.mean(np.asarray(found[2]) <= 3e-5)),
+    'tangent': spread(np.asarray(found.tangent)),
+    'steps': spread(np.asarray(found.step)),
+    'stationary': float(np.mean(~open_B)),
+    'unfinished': np.flatnonzero(open_B).tolist(),
+    'stalled': np.flatnonzero(stalled_B).tolist(),
   }
 
 
@@ -161,6 +238,24 @@ def beside(draws: int, *, questions: int, noise: float):
   }
 
 
+def gradient(draws: int, *, questions: int, noise: float):
+  """One line: members' gradients at the pseudo-inverse, by those at 0."""
+  problems = [
+    _planted.planted(seed, questions=MOST, noise=noise, rank=PLANTED)
+    for seed in range(draws)
+  ]
+  norm = functools.partial(
+    initial.gradient_norm, objective.make(ridge=0.0), ridge=0.0
+  )
+  norm_BE = jax.vmap(norm)(stacked(problems, questions))
+  return {
+    'questions': questions,
+    'noise': noise,
+    'draws': draws,
+    'gradient': spread(np.asarray(norm_BE)),
+  }
+
+
 def sweep(name: str, draws: int) -> Iterator[dict]:
   """Lines of one sweep."""
   at: dict[str, Any] = {
@@ -178,6 +273,24 @@ def sweep(name: str, draws: int) -> Iterator[dict]:
     for noise, ridge in RANK_NOISES:
       for rank in RANKS:
         yield case(draws, **at | {'rank': rank, 'noise': noise, 'ridge': ridge})
+  elif name == 'start':
+    for questions in (4, MOST):
+      yield gradient(draws, questions=questions, noise=0.05)
+      for start in STARTS:
+        for limit in (300, 3000):
+          fields = {'start': start, 'limit': limit}
+          yield case(draws, **at | fields | {'questions': questions})
+  elif name == 'interval':
+    for rank in (PLANTED, 2):
+      for start in ('ridge', 'random'):
+        for every, refresh in INTERVALS:
+          fields = {
+            'rank': rank,
+            'start': start,
+            'orthonormalise_every': every,
+            'refresh_every': refresh,
+          }
+          yield case(draws, **at | fields)
   else:
     for noise in NOISES:
       yield beside(draws, questions=MOST, noise=noise)
@@ -191,6 +304,8 @@ def main() -> None:
   parser.add_argument('--draws', type=int, default=10)
   parser.add_argument('--picture', default='', help='a PNG of the sweeps')
   flags = parser.parse_args()
+  if flags.picture and not set(flags.sweep) & set(PICTURED):
+    parser.error(f'--picture shows {", ".join(PICTURED)}, got no such --sweep')
   lines = []
   for name in flags.sweep:
     for line in sweep(name, flags.draws):

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from recursive_weights.basis import clusters as clusters_lib
 from recursive_weights.basis import fit as fit_lib
-from recursive_weights.basis import initial, methods
+from recursive_weights.basis import initial, lagrangian, methods
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.interfaces import Task, UserError
 from recursive_weights.training import devices
@@ -34,7 +34,8 @@ def make(
   Every step sees all training questions of the task, whatever the batch; the
   members are split over the devices, but under pmap, which repeats the fit. Its
   metrics are `loss`, the objective, and those of `fit.make`; `gradient_norm` is
-  the tangent gradient, 0 where the Lagrangian is stationary.
+  the tangent gradient, 0 where the Lagrangian is stationary; `multiplier` is
+  the largest of those of the basis, which is 0 there without sparsity.
 
   Args:
     rank, identity: those of the model `shared_basis`.
@@ -131,9 +132,20 @@ def make(
       state.step,
     )
     inner, found = fit.step(clusters, inner)
+    c_ER = inner.coefficients_ER
+    basis_RR = lagrangian.multipliers(
+      objective,
+      clusters,
+      c_ER,
+      inner.basis_RDV,
+      orthonormal=bool(orthonormalise_every),
+      # The multipliers of the basis need no slope of the coefficients.
+      slopes=(jnp.zeros_like(c_ER), inner.slope_RDV),
+    ).basis_RR
     found = {
       'loss': found.pop('objective'),
       'gradient_norm': found.pop('tangent'),
+      'multiplier': jnp.max(jnp.abs(basis_RR)),
     } | found
     metrics = {k: jnp.asarray(x, jnp.float32) for k, x in found.items()}
     finite = jnp.isfinite(metrics['loss'])

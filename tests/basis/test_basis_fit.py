@@ -1,5 +1,7 @@
 """The alternating fit: it descends, recovers, stops, and ignores layout."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -215,11 +217,30 @@ def test_a_planted_basis_is_recovered(draws, questions, error, angle):
   )
   assert found['error']['median'] <= error
   assert found['cosine']['median'] >= angle
+  assert found['coefficients']['high'] < found['error']['low']
+  assert found['stationary'] == 1 and found['unfinished'] == []
   # Not the median alone: no draw ends in a minimum that interpolates.
   assert found['error']['high'] <= 2 * error
   beside = recovery.beside(draws, questions=questions, noise=0.05)
   assert beside['known']['median'] < found['error']['median']
   assert beside['independent']['median'] > 0.7
+
+
+@pytest.mark.slow
+def test_a_recovery_that_ends_too_early_says_so():
+  case = functools.partial(
+    recovery.case, 2, questions=4, rank=4, noise=0.05, ridge=1e-3
+  )
+  good = case(start='first', limit=3)
+  bad = case(start='proposed', limit=3)
+  for found in (good, bad):
+    assert found['stationary'] == 0 and found['unfinished'] == [0, 1]
+    assert found['stalled'] == []
+    assert found['steps'] == {'median': 3, 'low': 3, 'high': 3}
+  # Where the proposal takes them the gradients are rounding.
+  gradient = recovery.gradient(2, questions=4, noise=0.05)['gradient']
+  assert gradient['high'] < 1e-5
+  assert good['error']['high'] < bad['error']['low']
 
 
 @pytest.mark.parametrize(

@@ -198,3 +198,34 @@ def test_members_in_blocks_are_members_at_once(monkeypatch, cosine):
   blocks = clusters_lib.blocks(clusters, R * T * V)
   assert blocks.q_ETD.shape == (4, 3, T, D)
   chex.assert_trees_all_close(jax.jit(everything)(), whole, atol=2e-3)
+
+
+def test_coordinates_undo_a_change_of_basis_and_tell_another_basis():
+  _, c_ER, basis_RDV = problem()
+  draw = np.random.default_rng(1)
+  change_RR = draw.normal(size=(R, R)) + 3 * np.eye(R)
+  mixed_RDV = jnp.einsum('rs,sdv->rdv', change_RR, basis_RDV)
+  mixed_ER = np.asarray(c_ER) @ np.linalg.inv(change_RR)
+  found = subspace.coordinates(mixed_ER, mixed_RDV, basis_RDV)
+  np.testing.assert_allclose(found, c_ER, atol=1e-5)
+
+  def error(basis_RDV, onto_RDV):
+    found_ER = subspace.coordinates(c_ER, basis_RDV, onto_RDV)
+    return float(jnp.sum((found_ER - c_ER) ** 2) / jnp.sum(c_ER**2))
+
+  # By numpy's least squares, of a basis beside it.
+  other_RDV = jnp.asarray(draw.normal(size=basis_RDV.shape), jnp.float32)
+  m_RR = np.linalg.lstsq(
+    np.float64(basis_RDV).reshape(R, -1).T,
+    np.float64(other_RDV).reshape(R, -1).T,
+  )[0].T
+  found = subspace.coordinates(c_ER, other_RDV, basis_RDV)
+  np.testing.assert_allclose(found, np.asarray(c_ER) @ m_RR, atol=1e-4)
+  assert error(other_RDV, basis_RDV) > 0.5
+  # Nothing of it lies in a span at right angles.
+  six = subspace.orthonormalise(jnp.concatenate([basis_RDV, other_RDV]))
+  np.testing.assert_allclose(error(six[:R], six[R:]), 1.0, atol=1e-5)
+  # Fewer matrices than planted leave what they lack.
+  fewer = subspace.coordinates(c_ER[:, :2], basis_RDV[:2], basis_RDV)
+  expected = np.asarray(c_ER) * (1, 1, 0)
+  np.testing.assert_allclose(fewer, expected, atol=1e-5)

@@ -10,7 +10,9 @@ GREY = '#444444'
 def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
   """Writes a panel for each sweep of `benchmarks.recovery` as a PNG.
 
-  Points are medians over draws, bars reach from the least to the largest.
+  Points are medians over draws, bars reach from the least to the largest; a
+  point is hollow where the steps of some draw ran out while longer ones would
+  have lowered its objective.
 
   Args:
     path: file to write.
@@ -43,7 +45,8 @@ def recovery(path, lines: list[dict], *, title: str = '') -> pathlib.Path:
         title=heading,
       )
       axis.legend(fontsize=7)
-    figure.suptitle(title or 'A planted basis found again')
+    note = 'hollow: steps ran out'
+    figure.suptitle(title or f'A planted basis found again ({note})')
     return _figure.save(figure, path)
 
 
@@ -56,7 +59,18 @@ def _draw(axis, key, lines, other, ridges):
     place = (ridges if other == 'ridge' else values).index(value)
     colour = _figure.COLOURS[place % len(_figure.COLOURS)]
     label = f'{other} {value:g}'
-    _bars(axis, key, some, 'error', label, color=colour, marker='o')
+    look = {'color': colour, 'marker': 'o'}
+    _bars(axis, key, some, 'error', label, **look)
+    open_ = [line for line in some if line['unfinished'] != line['stalled']]
+    axis.plot(
+      [line[key] for line in open_],
+      [line['error']['median'] for line in open_],
+      ls='',
+      mfc='white',
+      ms=3,
+      zorder=3,
+      **look,
+    )
   for label, style in (('independent', '--'), ('known', ':')):
     some = [line for line in lines if label in line]
     if some:

@@ -187,6 +187,7 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, which):
 def test_recovery_draws_a_panel_for_each_sweep(tmp_path):
   spread = {'median': 0.1, 'low': 0.05, 'high': 0.3}
   fit = {'error': spread, 'ridge': 0.1, 'noise': 0.2, 'rank': 4, 'questions': 8}
+  fit |= {'unfinished': [], 'stalled': []}
   beside = {'known': spread, 'independent': spread, 'noise': 0.2}
   lines = [
     {'sweep': 'rank'} | fit,
@@ -198,3 +199,10 @@ def test_recovery_draws_a_panel_for_each_sweep(tmp_path):
   one = recovery.recovery(tmp_path / 'one.png', lines[:2])
   widths = [Image.open(path).size[0] for path in (two, one)]
   assert widths[0] == 2 * widths[1]
+  # A point whose steps ran out looks otherwise, not one that only rounds.
+  lines[0].update(unfinished=[3], stalled=[3])
+  stalled = recovery.recovery(tmp_path / 'stalled.png', lines[:2])
+  assert stalled.read_bytes() == one.read_bytes()
+  lines[0]['stalled'] = []
+  hollow = recovery.recovery(tmp_path / 'hollow.png', lines[:2])
+  assert hollow.read_bytes() != one.read_bytes()

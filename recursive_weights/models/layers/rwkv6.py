@@ -94,7 +94,6 @@ def time_init(
   depth, rest = _depth(layer, layers)
   ramp_D = jnp.arange(width) / width
   full_D = jnp.linspace(0, 1, width)
-  orthogonal = jax.nn.initializers.orthogonal
   square = (width, width)
   decay_D = -6 + 5 * full_D ** (0.7 + 1.3 * depth)
   if half_life:
@@ -118,10 +117,10 @@ def time_init(
     'decay_down': jnp.zeros([width, decay_rank]),
     'decay_up': dense.uniform(next(keys), (decay_rank, width), 0.01),
     'bonus': (depth * (1 - full_D) + zigzag_D).reshape(heads, head_width),
-    'receptance': orthogonal(1.0)(next(keys), square),
-    'key': orthogonal(0.1)(next(keys), square),
-    'value': orthogonal(1.0)(next(keys), square),
-    'gate': orthogonal(0.1)(next(keys), square),
+    'receptance': _orthogonal(next(keys), square),
+    'key': 0.1 * _orthogonal(next(keys), square),
+    'value': _orthogonal(next(keys), square),
+    'gate': 0.1 * _orthogonal(next(keys), square),
     'norm': {
       'scale': jnp.full([width], (1 + layer) / layers) ** 0.7,
       'bias': jnp.zeros([width]),
@@ -248,7 +247,7 @@ def channel_init(
   params = {
     'mix_key': mix_D,
     'mix_receptance': jnp.copy(mix_D),
-    'key': jax.nn.initializers.orthogonal(1.0)(key, (width, hidden)),
+    'key': _orthogonal(key, (width, hidden)),
     'receptance': jnp.zeros([width, width]),
     'value': jnp.zeros([hidden, width]),
   }
@@ -284,6 +283,19 @@ def channel_commit(
 ) -> dict[str, Array]:
   """The cache after the first `length_B` tokens of the chunk."""
   return {'shift': _latest(cache['shift'], parts['x'], length_B)}
+
+
+def _orthogonal(key, shape):
+  """A random matrix with orthonormal rows or columns, whichever are fewer.
+
+  One at a time under `vmap`: jaxlib (0.10) splits a batch of factorisations
+  over its threads, and as many batches at once as a CPU has cores wait for each
+  other without end.
+  """
+  initial = jax.nn.initializers.orthogonal()
+  return jax.custom_batching.sequential_vmap(lambda key: initial(key, shape))(
+    key
+  )
 
 
 def _depth(layer, layers):

@@ -12,18 +12,19 @@ seed) the 0.55 million parameters had a held-out loss of 1.58 nats a character
 test documents. The same weights with every chunk of 128 read afresh: 1.74 and
 1.20. So few documents differ much among themselves; `library` has eighteen.
 
-Weights of layers from those of the first one, 400 steps, seeds 0 and 1, five
+Weights of layers from those of the first one, 400 steps, seeds 0 to 2, five
 minutes of a CPU core each (`benchmarks/results/hybrid_derived.json`):
 
-                                     stored    validation     test
-  independent                        548,217   1.618  1.604   1.178  1.176
-  `narrow`, as few and independent   273,447   1.692  1.677   1.280  1.264
-  `tied`                             258,297   1.668  1.692   1.277  1.259
-  `derived`                          268,841   1.669  1.676   1.273  1.259
+                               stored    validation          test
+  independent                  548,217   1.618 1.604 1.620   1.178 1.176 1.172
+  `narrow`, also independent   273,447   1.692 1.677 1.691   1.280 1.264 1.256
+  `tied`                       258,297   1.668 1.692 1.689   1.277 1.259 1.261
+  `derived`                    268,841   1.669 1.676 1.684   1.273 1.259 1.253
 
-Half of the weights cost .06 to .09; that they are derived gains .012 on average
-on validation and .006 on the test over a narrower model, and .008 and .002 over
-tied layers: by two seeds no more than chance.
+Half of the weights cost .06 to .09. That they are derived gains .011 on average
+on validation (.028 would be more than chance, paired by seed) and .005 on the
+test (.005) over a narrower model, .007 (.022) and .004 (.010) over tied layers:
+hardly more than chance.
 
   python -m recursive_weights.compare --config=configs/hybrid_lm.py \
       --variants='gf_mh;gf_mh,narrow;gf_mh,tied;gf_mh,derived' --num_seeds=1 \

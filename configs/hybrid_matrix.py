@@ -90,9 +90,10 @@ each: validation 1.630 for the baseline (513,558 parameters), 1.748 for `rwkv6`
 (535,968) (`benchmarks/results/hybrid_matrix_small.jsonl`).
 
 Sizes: `small` (half a million parameters, for a CPU: 600 steps of 16 x 64) and
-`smoke` (about a minute, to compile). On a CPU train one seed at a time: three
-in one program took eight times as long a step as one. StateNorm inside the
-recurrence (`groups_*`) goes token by token, so these two members are slow.
+`smoke` (about a minute, to compile). On a CPU three seeds in one program take
+three times as long a step as one (`small`: .93 and .30 s on two cores).
+StateNorm inside the recurrence (`groups_*`) goes token by token, so these two
+members are slow.
 """
 
 from typing import Any

@@ -3,7 +3,8 @@ r"""Does a basis that clusters share find answers better than simpler means?
 Questions come in clusters with one answer each, and few questions a cluster.
 Member i of E has the weight `W_i = I + Σ_k c_ik G_k`; an answer is scored by
 `-|q W_i - a_i|²`. Coefficients and basis are fitted by exact least squares in
-turn (`training.alternating`).
+turn (`training.alternating`), 30 times, or until the tangent gradient is below
+3e-5 (`early_stopping.target`).
 
   python train.py --config=configs/basis_retrieval.py --workdir=runs/basis
 
@@ -190,6 +191,10 @@ def get_config(variant=None):
     evaluate_every=10,
   )
   config.checkpoint.update(every=30, best='validation/mrr')
+  # Of an alternating fit, the gradient in the tangent space of its bases.
+  config.early_stopping.update(
+    metric='train/gradient_norm', mode='min', target=3e-5
+  )
   during = {'splits': ('validation',), 'resamples': 0}
   config.evaluators.during = {'retrieval': during}
   config.evaluators.after = {'retrieval': {'splits': ('validation', 'test')}}
@@ -201,6 +206,7 @@ def get_config(variant=None):
     config.task.transfer = True
   if 'gradient' in chosen:
     config.step = {'name': ''}
+    config.early_stopping.metric = ''
     config.training.update(steps=300, report_every=25, evaluate_every=50)
     config.checkpoint.every = 300
     config.optimizer.learning_rate = 3e-3

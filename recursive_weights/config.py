@@ -87,6 +87,7 @@ def base() -> ConfigDict:
         'metric': '',
         'mode': 'max',
         'patience': 10,
+        'target': 0.0,  # where the metric is enough; 0: off
         'rules': {},
       },
       # Members trained apart agree on a centre at every n-th step (0: off); see

@@ -122,7 +122,12 @@ def summary(by_seed: list[dict[str, float]]) -> dict[str, float]:
 
 
 def should_stop(
-  history: list[dict], *, metric: str, mode: str, patience: int
+  history: list[dict],
+  *,
+  metric: str,
+  mode: str,
+  patience: int,
+  target: float = 0.0,
 ) -> str:
   """Early stopping as a pure function of the metric history.
 
@@ -131,6 +136,7 @@ def should_stop(
     metric: the metric watched; '' never stops.
     mode: 'max' or 'min'.
     patience: evaluations without a new best after which to stop.
+    target: a value of the metric that is enough; 0 for none.
 
   Returns:
     The reason to stop, '' to go on.
@@ -139,10 +145,14 @@ def should_stop(
     return ''
   values = [line[metric] for line in history if metric in line]
   values = [-math.inf if v is None else v for v in values]
+  enough = target
   if mode == 'min':
     values = [-v if math.isfinite(v) else v for v in values]
+    enough = -target
   if not values:
     return ''
+  if target and max(values) >= enough:
+    return f'{metric} has reached {target:g}'
   since = len(values) - 1 - values.index(max(values))
   if since < patience:
     return ''

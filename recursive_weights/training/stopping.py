@@ -48,12 +48,13 @@ def judge(
   mode: str,
   patience: int,
   rules: dict[str, Any],
+  target: float = 0.0,
 ) -> Verdict:
-  """The verdict at the last line: patience first, then limits, then plateaus.
+  """The verdict at the last line: the metric, then limits, then plateaus.
 
   Args:
     history: lines of metrics.jsonl.
-    metric, mode, patience: see `metrics.should_stop`.
+    metric, mode, patience, target: see `metrics.should_stop`.
     rules: fields of `plateau.Rules`, `Limits` and `CURVES` that differ from
       their defaults; {} for no rules.
 
@@ -61,10 +62,10 @@ def judge(
     UserError: a field is unknown, or rules contradict each other.
   """
   reason = metrics.should_stop(
-    history, metric=metric, mode=mode, patience=patience
+    history, metric=metric, mode=mode, patience=patience, target=target
   )
   if reason:
-    return Verdict('stop', 'patience', reason)
+    return Verdict('stop', 'metric', reason)
   if not rules:
     return Verdict('continue', 'none', 'there are no rules')
   shape, limits, curves = parse(rules)

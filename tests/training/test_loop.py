@@ -331,6 +331,11 @@ def test_should_stop_is_a_function_of_history():
   assert not metrics.should_stop(
     history(1, 2, 3), metric='', mode='min', patience=2
   )
+  assert not metrics.should_stop(history(3, 2), **rule, target=1.0)
+  assert 'reached 2' in metrics.should_stop(history(3, 2), **rule, target=2.0)
+  rule['mode'] = 'max'
+  assert 'reached 2' in metrics.should_stop(history(3, 1), **rule, target=2.0)
+  assert not metrics.should_stop(history(1, None), **rule, target=2.0)
 
 
 def test_max_minutes_saves_and_leaves(tmp_path):

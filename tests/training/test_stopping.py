@@ -142,7 +142,7 @@ def test_no_rules_is_patience_alone():
   verdict = stopping.judge(lines, **OFF, rules={})
   assert verdict.action == 'continue'
   patient = {'metric': 'a', 'mode': 'min', 'patience': 3}
-  assert stopping.judge(lines, **patient, rules={}).rule == 'patience'
+  assert stopping.judge(lines, **patient, rules={}).rule == 'metric'
   assert judge(lines).rule == 'diverged'
 
 

@@ -11,8 +11,10 @@ token by token, the memory that the compiler plans, compile times.
 prints for each pattern, reading in chunks and writing one by one, what a
 process of its own holds after so many tokens: bytes of the cache, of all live
 arrays, what the compiler plans for a call, the largest resident memory so far;
-and the speed. `results/hybrid_cpu.jsonl` was taken on a machine that did other
-work too, so its lines are without `tokens_per_second`.
+and the speed. In `results/hybrid_cpu.jsonl` those lines were taken on a machine
+that did other work too, so they are without `tokens_per_second`; the last four
+(`--pattern H R M A --layers 3 --width 96 --batch 8 --rows 8`) had a core to
+themselves.
 """
 
 import argparse

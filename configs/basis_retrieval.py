@@ -106,8 +106,8 @@ and clinc150:
 
 and none of ridge's, multi-head's and the shared weight's. On narrower grids, of
 which the basis had the most matrices (32) in all columns, the same figures were
-found within .008, those of the kernel within .013. On paragraphs most methods
-have an end, mostly that towards the identity.
+found within .008, those of the kernel within .013. On paragraphs and the
+biomedical pairs most methods have an end, mostly that towards the identity.
 
 The documentation's 30 clusters, with the grids of now, by number of questions:
 logistic regression temperature .015, the least, with an end of pull (2, 3, 5);

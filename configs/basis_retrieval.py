@@ -206,7 +206,7 @@ def get_config(variant=None):
     config.task.transfer = True
   if 'gradient' in chosen:
     config.step = {'name': ''}
-    config.early_stopping.metric = ''
+    config.early_stopping.update(metric='', target=0.0)
     config.training.update(steps=300, report_every=25, evaluate_every=50)
     config.checkpoint.every = 300
     config.optimizer.learning_rate = 3e-3

@@ -55,8 +55,8 @@ spread; on the test RWKV-6 is as good too, and Mamba-2, which overfits first
 learns sooner than RWKV-6 (1.396 against 1.549 after 200 steps), not than
 Mamba-2 (1.381). Of the questions asked so far none is decided: no anchor, half
 of the layers, a wider model, gamma 1 and half of the state do as well. On
-another text (`second_text`: an open textbook of philosophy, 1.2 million
-characters) the baseline has 1.223 +- .003.
+another text (`second_text`: OpenStax, Introduction to Philosophy, CC BY 4.0,
+1.2 million characters) the baseline has 1.223 +- .003.
 
 Learning rates were tried for 200 steps with seed 0, twice: 1e-3, 2e-3, 4e-3,
 and 4e-3, 8e-3, 1.6e-2. Each family's best lies within: 8e-3 for the first three
@@ -77,9 +77,10 @@ for `rwkv6`, 74 for `attention`, 285 for `mamba2`, with older kernels. All in
       --config.training.steps=400 --config.training.evaluate_every=50 \\
       --path=TEXT
 
-and `--tier=1` with `--config.optimizer.learning_rate=8e-3` (all without gates
-and checkpoints on the way). The other members of tier 2, the fusions and the
-diagnosis have NOT RUN at full size.
+and, with `--config.optimizer.learning_rate=8e-3`, `--tier=1` and the three of
+tier 2 (all by a copy of this config without gates and checkpoints on the way).
+The other members of tier 2, the fusions and the diagnosis have NOT RUN at full
+size.
 
 Gate G2 warns of the baseline and fails the pure models: untrained they repeat
 the token they have read, as a tied head of width 256 sees an input of size .02

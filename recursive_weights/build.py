@@ -119,6 +119,11 @@ def check(config: dict[str, Any]) -> list[str]:
     errors.append(f'max_minutes must be >= 0, got {config["max_minutes"]}')
   if config['dtype'] not in DTYPES:
     errors.append(f'dtype must be one of {DTYPES}, got {config["dtype"]!r}')
+  target = config['early_stopping']['target']
+  if target and not config['early_stopping']['metric']:
+    errors.append(
+      f'early_stopping.target needs early_stopping.metric, got {target} alone'
+    )
   for name in ('checkpoint', 'early_stopping'):
     if config[name]['mode'] not in ('max', 'min'):
       errors.append(

@@ -21,7 +21,7 @@ n = 8, by noise), `noise` (at n = 8, by ridge), `start` (initial bases, at n = 4
 and 8, with 300 steps and with 3000; and how large the members' gradients are
 where the proposal takes them, by those at 0), `interval` (steps between
 orthonormalisations and between refreshes, 0 is never, at n = 8 by start, K as
-planted and 2). All take a quarter of an hour of a core.
+planted and 2). The first three take four minutes of a core.
 """
 
 import argparse

@@ -147,17 +147,18 @@ def test_no_rules_is_patience_alone():
 
 
 @pytest.mark.parametrize(
-  ('rules', 'message'),
+  ('fields', 'message'),
   [
-    ({'pateince': 1}, r'no field pateince; it has: tolerance, '),
-    ({'update': 3.0}, r'rules.update must be \(least, most\), got 3.0'),
-    ({'update': (2.0, 1.0)}, r'rules.update must be \(least, most\)'),
-    ({'cut': 1.5}, r'cut must lie in \(0, 1\), got 1.5'),
+    ({'rules': {'pateince': 1}}, r'no field pateince; it has: tolerance, '),
+    ({'rules': {'update': 3.0}}, r'update must be \(least, most\), got 3.0'),
+    ({'rules': {'update': (2.0, 1.0)}}, r'update must be \(least, most\)'),
+    ({'rules': {'cut': 1.5}}, r'cut must lie in \(0, 1\), got 1.5'),
+    ({'target': 0.5}, r'target needs early_stopping.metric, got 0.5 alone'),
   ],
 )
-def test_bad_rules_are_errors_of_the_config(rules, message):
+def test_bad_fields_are_errors_of_the_config(fields, message):
   config = config_lib.base()
-  config.early_stopping.rules = rules
+  config.early_stopping.update(fields)
   (error,) = build.check(config_lib.to_data(config))
   with pytest.raises(UserError, match=message):
     raise UserError(error)

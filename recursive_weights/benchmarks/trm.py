@@ -29,6 +29,7 @@ from recursive_weights import interfaces
 from recursive_weights.models import trm
 from recursive_weights.models.kernels import (
   attention,
+  cell_half,
   channel_half,
   constraint_half,
   halves,
@@ -41,11 +42,15 @@ WIDTHS = {'mixer': 512, 'attention': 512, 'symmetric': 128}
 CLASSES = {'mixer': 11, 'attention': 11, 'symmetric': 9}
 POOL_WIDTH = 64
 
+# What the constraint half pools over, whole and in a block that mixes tokens.
+FAMILIES = {'constraint': tuple(symmetric_block.FAMILIES), 'cell': ('cell',)}
+
 KERNELS = {
   'token': token_half,
   'channel': channel_half,
   'attention': attention,
   'constraint': constraint_half,
+  'cell': cell_half,
 }
 
 _SPLIT = {'columns': 128, 'stages': 4, 'ahead': True}
@@ -75,10 +80,16 @@ SETTINGS: dict[str, list[dict]] = {
   ],
   'attention': [{'warps': 4, 'back_warps': 8}],
   'constraint': [
-    {'warps': 8, 'back_warps': 4},
-    {'rows': 128, 'warps': 8, 'back_rows': 128},
+    {'warps': 8, 'back_warps': 8},
+    {'rows': 128, 'warps': 8, 'back_rows': 128, 'back_warps': 8},
     {'stages': 3, 'back_stages': 1},
+    {'rows': 32, 'back_rows': 32},
+  ],
+  'cell': [
+    {'rows': 128, 'warps': 8, 'back_warps': 4},
     {'rows': 32, 'back_rows': 32, 'back_warps': 4},
+    {'stages': 3, 'back_rows': 128},
+    {'warps': 8, 'back_stages': 1},
   ],
 }
 
@@ -156,8 +167,11 @@ def bytes_in_use() -> int | None:
 def half_params(name: str, tokens: int, width: int, pool: str, key):
   if name == 'attention':
     return trm_block.attention_init(key, width)
-  if name == 'constraint':
-    return symmetric_block.constraint_init(key, width, POOL_WIDTH, 4, pool)
+  if name in FAMILIES:
+    families = len(FAMILIES[name])
+    return symmetric_block.constraint_init(
+      key, width, POOL_WIDTH, families, pool
+    )
   size = tokens if name == 'token' else width
   multiple = 64 if width < 256 else 256
   return trm_block.swiglu_init(
@@ -173,15 +187,15 @@ def half_program(
   if name == 'attention':
     turn = trm_block.rotation(tokens, width // HEADS)
     options = {'heads': HEADS, 'turn': turn}
-  if name == 'constraint':
-    options = {
-      'families': tuple(symmetric_block.FAMILIES),
-      'box': (3, 3),
-      'pool': pool,
-    }
+  if name in FAMILIES:
+    options = {'families': FAMILIES[name], 'box': (3, 3), 'pool': pool}
   if not fused:
-    home = symmetric_block if name == 'constraint' else trm_block
-    program = getattr(home, f'{name}_half')
+    plain = {
+      'token': trm_block.token_half,
+      'channel': trm_block.channel_half,
+      'attention': trm_block.attention_half,
+    }
+    program = plain.get(name, symmetric_block.constraint_half)
     return functools.partial(program, **options)
   return functools.partial(KERNELS[name].apply, tiles=tiles, **options)
 
@@ -223,7 +237,7 @@ def measure_half(
   if fused:
     tiles = tiles_of(name, tiles)
   program = half_program(name, tokens, width, pool, tiles, fused=fused)
-  digits = name == 'constraint' or (name == 'channel' and width < 256)
+  digits = name in FAMILIES or (name == 'channel' and width < 256)
 
   def states(batch):
     shape = (tokens, batch, *((9,) if digits else ()), width)
@@ -243,6 +257,7 @@ def measure_half(
   cell = 'symmetric' if digits else 'mixer'
   cell = 'attention' if name == 'attention' else cell
   work = flops(cell, tokens, batch, width, pool=pool)
+  work['cell'] = work.get('constraint', 0.0) / 4
   for kind, run, passes in (
     ('forward', lambda x: forward(params, x), 1),
     ('both', lambda x: (both(params, x, g_TBD), x)[1], 3),
@@ -400,7 +415,7 @@ def show(line: dict, peak: float, rate: float) -> None:
 
 def halves_report(flags) -> None:
   for name, tokens in itertools.product(flags.halves, flags.tokens):
-    width = flags.width or (128 if name == 'constraint' else 512)
+    width = flags.width or (128 if name in FAMILIES else 512)
     settings = [None, {}, *SETTINGS[name][: flags.settings or None]]
     for tiles in settings:
       line = {'half': name, 'tokens': tokens, 'batch': flags.batch[0]}

@@ -214,24 +214,6 @@ def _cast(params, dtype):
   return tuple(params[name].astype(dtype) for name in ('gate', 'up', 'down'))
 
 
-def _load(ref, first, size, total, columns):
-  """Rows `first ...` of some columns; rows past the end are zero."""
-  at = ref.at[pl.ds(first, size), columns]
-  if total % size == 0:
-    return plgpu.load(at)
-  mask = (first + jnp.arange(size) < total)[:, None]
-  return plgpu.load(at, mask=mask, other=0.0)
-
-
-def _store(ref, value, first, total, columns):
-  size = value.shape[0]
-  at = ref.at[pl.ds(first, size), columns]
-  mask = None
-  if total % size:
-    mask = (first + jnp.arange(size) < total)[:, None]
-  plgpu.store(at, value.astype(ref.dtype), mask=mask)
-
-
 def _gated_kernel(gate_ref, up_ref, x_ref, hidden_ref, *, tiles):
   total, width = x_ref.shape
   first = pl.program_id(1) * tiles.rows
@@ -239,7 +221,7 @@ def _gated_kernel(gate_ref, up_ref, x_ref, hidden_ref, *, tiles):
 
   def body(index, sums):
     at = pl.ds(index * tiles.width, tiles.width)
-    x = _load(x_ref, first, tiles.rows, total, at)
+    x = tiling.load_rows(x_ref, first, tiles.rows, total, at)
     gate, up = sums
     gate += tiling.dot(x, gate_ref[at, columns])
     up += tiling.dot(x, up_ref[at, columns])
@@ -248,7 +230,7 @@ def _gated_kernel(gate_ref, up_ref, x_ref, hidden_ref, *, tiles):
   zeros = jnp.zeros((tiles.rows, tiles.hidden), jnp.float32)
   gate, up = jax.lax.fori_loop(0, width // tiles.width, body, (zeros, zeros))
   value = gate * tiling.sigmoid(gate, tiling.rough(x_ref.dtype)) * up
-  _store(hidden_ref, value, first, total, columns)
+  tiling.store_rows(hidden_ref, value, first, total, columns)
 
 
 @functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
@@ -272,15 +254,17 @@ def _down_kernel(hidden_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
 
   def body(index, r):
     at = pl.ds(index * tiles.down_width, tiles.down_width)
-    h = _load(hidden_ref, first, tiles.down_rows, total, at)
+    h = tiling.load_rows(hidden_ref, first, tiles.down_rows, total, at)
     return r + tiling.dot(h, down_ref[at, :])
 
   r = jnp.zeros((tiles.down_rows, width), jnp.float32)
   steps = hidden_ref.shape[1] // tiles.down_width
   r = jax.lax.fori_loop(0, steps, body, r)
-  r += _load(x_ref, first, tiles.down_rows, total, slice(None)).astype(r.dtype)
+  r += tiling.load_rows(
+    x_ref, first, tiles.down_rows, total, slice(None)
+  ).astype(r.dtype)
   scale = jax.lax.rsqrt((r * r).sum(1) / width + EPS)
-  _store(y_ref, r * scale[:, None], first, total, slice(None))
+  tiling.store_rows(y_ref, r * scale[:, None], first, total, slice(None))
   mask = first + jnp.arange(tiles.down_rows) < total
   plgpu.store(scale_ref.at[pl.ds(first, tiles.down_rows)], scale, mask=mask)
 
@@ -323,8 +307,8 @@ def _gated_backward_kernel(
 
   def body(index, sums):
     at = pl.ds(index * tiles.back_width, tiles.back_width)
-    x = _load(x_ref, first, rows, total, at)
-    dr = _load(dr_ref, first, rows, total, at)
+    x = tiling.load_rows(x_ref, first, rows, total, at)
+    dr = tiling.load_rows(dr_ref, first, rows, total, at)
     gate, up, dh = sums
     gate += tiling.dot(x, gate_ref[at, columns])
     up += tiling.dot(x, up_ref[at, columns])
@@ -336,9 +320,11 @@ def _gated_backward_kernel(
     0, width // tiles.back_width, body, (zeros, zeros, zeros)
   )
   dgate, dup, h = tiling.swiglu_backward(*sums, tiling.rough(x_ref.dtype))
-  _store(dgate_up_ref, dgate, first, total, columns)
-  _store(dgate_up_ref, dup, first, total, pl.ds(hidden + start, units))
-  _store(hidden_ref, h, first, total, columns)
+  tiling.store_rows(dgate_up_ref, dgate, first, total, columns)
+  tiling.store_rows(
+    dgate_up_ref, dup, first, total, pl.ds(hidden + start, units)
+  )
+  tiling.store_rows(hidden_ref, h, first, total, columns)
 
 
 @functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))

@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
   warps: int = 4
   stages: int = 2
   back_rows: int = 64
-  back_warps: int = 8
+  back_warps: int = 4
   back_stages: int = 2
 
 

@@ -4,6 +4,7 @@ import jax
 
 from recursive_weights.models.kernels import (
   attention,
+  cell_half,
   channel_half,
   constraint_half,
   token_half,
@@ -20,17 +21,18 @@ def make(
   channel: channel_half.Tiles | None = None,
   over: attention.Tiles | None = None,
   constraint: constraint_half.Tiles | None = None,
+  cell: cell_half.Tiles | None = None,
   interpret: bool | None = None,
 ) -> trm_block.Halves:
   """The programs of a block's halves.
 
   Args:
     fused: True: kernels, and an error where sizes do not fit them; False: plain
-      halves; None: kernels where sizes fit, but for `constraint`, on GPUs of
-      the Hopper generation, which the tiles are for. A program that the
-      compiler splits over several devices keeps the plain halves, which it
-      knows how to split.
-    token, channel, over, constraint: tiles of the kernels, `over` of attention.
+      halves; None: kernels where sizes fit, on GPUs of the Hopper generation,
+      which the tiles are for. A program that the compiler splits over several
+      devices keeps the plain halves, which it knows how to split.
+    token, channel, over, constraint, cell: tiles of the kernels, `over` of
+      attention, `cell` of a constraint half whose only family is 'cell'.
     interpret: run the kernels without a GPU, slowly; None: where there is none.
 
   Raises:
@@ -68,13 +70,18 @@ def make(
       options |= {'tiles': over, 'interpret': interpret}
     return program(params, x_TBD, **options)
 
-  def constraint_program(params, x_TBVD, **options):
-    program = symmetric_block.constraint_half
-    # Only where asked for: no GPU has run these kernels yet.
-    if fused:
-      program = constraint_half.apply
-      options |= {'tiles': constraint, 'interpret': interpret}
-    return program(params, x_TBVD, **options)
+  def constraint_program(params, x_TBVD, *, families, box, pool):
+    options = {'families': families, 'box': box, 'pool': pool}
+    width, hidden = params['gate'].shape
+    if cell_half.fits(width, hidden, families, pool) and use(True, x_TBVD):
+      return cell_half.apply(
+        params, x_TBVD, **options, tiles=cell, interpret=interpret
+      )
+    if use(constraint_half.fits(width, hidden // len(families)), x_TBVD):
+      return constraint_half.apply(
+        params, x_TBVD, **options, tiles=constraint, interpret=interpret
+      )
+    return symmetric_block.constraint_half(params, x_TBVD, **options)
 
   return trm_block.Halves(
     token_program, channel_program, attention_program, constraint_program

@@ -56,6 +56,25 @@ def store(ref, columns, values: list[Array], whole: bool) -> None:
     plgpu.store(ref.at[rows, columns], value.astype(ref.dtype), mask=mask)
 
 
+def load_rows(ref, first, size: int, total: int, columns) -> Array:
+  """Rows `first ...` of some columns; rows past the end are zero."""
+  at = ref.at[pl.ds(first, size), columns]
+  if total % size == 0:
+    return plgpu.load(at)
+  mask = (first + jnp.arange(size) < total)[:, None]
+  return plgpu.load(at, mask=mask, other=0.0)
+
+
+def store_rows(ref, value: Array, first, total: int, columns) -> None:
+  """The reverse of `load_rows`."""
+  size = value.shape[0]
+  at = ref.at[pl.ds(first, size), columns]
+  mask = None
+  if total % size:
+    mask = (first + jnp.arange(size) < total)[:, None]
+  plgpu.store(at, value.astype(ref.dtype), mask=mask)
+
+
 def dot(a: Array, b: Array) -> Array:
   """`a b` with sums in float32."""
   if jax.default_backend() == 'cpu':

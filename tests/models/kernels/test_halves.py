@@ -8,7 +8,7 @@ import pytest
 from recursive_weights import interfaces
 from recursive_weights.models import trm
 from recursive_weights.models.kernels import halves
-from recursive_weights.models.layers import trm_block
+from recursive_weights.models.layers import symmetric_block, trm_block
 
 
 @pytest.mark.parametrize('kind', ['mixer', 'attention'])
@@ -25,6 +25,26 @@ def test_block_of_fused_halves_is_the_plain_block(kind):
     trm_block.apply(params, x_TBD, **options),
     rtol=2e-5,
     atol=2e-5,
+  )
+
+
+@pytest.mark.parametrize('kind', symmetric_block.KINDS)
+def test_symmetric_block_of_fused_halves_is_the_plain_block(kind):
+  keys = jax.random.split(jax.random.key(0))
+  params = symmetric_block.init(
+    keys[0], kind, tokens=16, width=16, pool_width=32, multiple=16
+  )
+  x_TBVD = jax.random.normal(keys[1], (16, 1, 4, 16))
+  fused = halves.make(True, interpret=True)
+
+  def run(halves):
+    options = {'box': (2, 2), 'halves': halves}
+    return jax.jit(lambda x: symmetric_block.apply(params, x, **options))(
+      x_TBVD
+    )
+
+  chex.assert_trees_all_close(
+    run(fused), run(trm_block.Halves()), rtol=2e-5, atol=2e-5
   )
 
 

@@ -19,6 +19,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +87,9 @@ SETTINGS: dict[str, list[dict]] = {
     {'rows': 32, 'back_rows': 32},
   ],
   'cell': [
-    {'rows': 128, 'warps': 8, 'back_warps': 4},
-    {'rows': 32, 'back_rows': 32, 'back_warps': 4},
-    {'stages': 3, 'back_rows': 128},
-    {'warps': 8, 'back_stages': 1},
+    {'warps': 4, 'back_warps': 4},
+    {'rows': 64, 'warps': 4, 'back_rows': 64, 'back_warps': 4},
+    {'rows': 256, 'back_rows': 32, 'back_warps': 4},
   ],
 }
 
@@ -190,7 +190,7 @@ def half_program(
   if name in FAMILIES:
     options = {'families': FAMILIES[name], 'box': (3, 3), 'pool': pool}
   if not fused:
-    plain = {
+    plain: dict[str, Callable] = {
       'token': trm_block.token_half,
       'channel': trm_block.channel_half,
       'attention': trm_block.attention_half,

@@ -131,7 +131,7 @@ def _project_backward(tiles, interpret, saved, g_ND):
   down_FD, hidden_NF, y_ND, scale_N = saved
   dr_ND = _norm_backward(y_ND, scale_N, g_ND)
   dhidden_NF = dr_ND @ down_FD.astype(dr_ND.dtype).T
-  ddown_FD = tiling.dot(hidden_NF.T, dr_ND).astype(down_FD.dtype)
+  ddown_FD = tiling.over_rows(hidden_NF, dr_ND).astype(down_FD.dtype)
   return ddown_FD, dhidden_NF, dr_ND
 
 
@@ -198,11 +198,11 @@ def _mix_backward(tiles, interpret, saved, g_ND):
     )
   gate_up_D2F = jnp.concatenate([gate_DF, up_DF], 1)
   dx_ND = dr_ND + dgate_up_N2F @ gate_up_D2F.T
-  dgate_DF, dup_DF = jnp.split(tiling.dot(x_ND.T, dgate_up_N2F), 2, axis=1)
+  dgate_DF, dup_DF = jnp.split(tiling.over_rows(x_ND, dgate_up_N2F), 2, axis=1)
   dparams = {
     'gate': dgate_DF,
     'up': dup_DF,
-    'down': tiling.dot(hidden_NF.T, dr_ND),
+    'down': tiling.over_rows(hidden_NF, dr_ND),
   }
   return {k: d.astype(params[k].dtype) for k, d in dparams.items()}, dx_ND
 

@@ -117,8 +117,8 @@ def _mix_backward(plan, saved, g_TND):
   rows = (-1, x_TND.shape[-1])
   hidden = (-1, hidden_TNF.shape[-1])
   dparams = {
-    'gate': tiling.dot(x_TND.reshape(rows).T, dgate_TNF.reshape(hidden)),
-    'down': tiling.dot(hidden_TNF.reshape(hidden).T, dr_TND.reshape(rows)),
+    'gate': tiling.over_rows(x_TND.reshape(rows), dgate_TNF.reshape(hidden)),
+    'down': tiling.over_rows(hidden_TNF.reshape(hidden), dr_TND.reshape(rows)),
   }
   dparams = {k: d.astype(params[k].dtype) for k, d in dparams.items()}
   parts = jnp.split(dvalue_TNF, len(values), axis=-1)

@@ -83,6 +83,23 @@ def dot(a: Array, b: Array) -> Array:
   return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
+def over_rows(a_NF: Array, b_ND: Array) -> Array:
+  """`a^T b [F, D]`, sums over many rows in float32.
+
+  XLA splits a long sum over multiprocessors in powers of two, and where these
+  do not divide the rows it copies both operands with rows of zeros below. So
+  the odd part of their number is split off here, while the sums are small.
+  """
+  rows, sums = a_NF.shape[0], a_NF.shape[1] * b_ND.shape[1]
+  odd = rows // divisor(rows, rows)
+  fitting = range(1, min(128, 2**21 // sums) + 1, 2)
+  parts = max([n for n in fitting if odd % n == 0], default=1)
+  if parts == 1:
+    return dot(a_NF.T, b_ND)
+  a_SRF, b_SRD = (x.reshape(parts, -1, x.shape[1]) for x in (a_NF, b_ND))
+  return jax.vmap(dot)(a_SRF.transpose(0, 2, 1), b_SRD).sum(0)
+
+
 def rough(dtype) -> bool:
   """Whether approximate instructions are good enough, and there."""
   return jnp.dtype(dtype).itemsize == 2 and jax.default_backend() == 'gpu'

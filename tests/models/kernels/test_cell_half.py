@@ -10,6 +10,7 @@ import pytest
 from recursive_weights.models.kernels import cell_half
 from recursive_weights.models.layers import symmetric_block
 
+# Several cells a program: of four digits 4 and 8, of six 2 and 4.
 TILES = cell_half.Tiles(rows=16, back_rows=32)
 
 
@@ -31,8 +32,9 @@ def programs(box):
   return fused, functools.partial(symmetric_block.constraint_half, **options)
 
 
-# 16 cells a puzzle: whole tiles, and one that is not.
-@pytest.mark.parametrize('box, batch', [((2, 2), 2), ((2, 3), 1)])
+# 16 cells a puzzle: whole tiles; 36 and 81: some that are not, and digits that
+# are no power of two.
+@pytest.mark.parametrize('box, batch', [((2, 2), 2), ((2, 3), 3), ((3, 3), 1)])
 def test_fused_is_plain_in_float32(box, batch):
   case = setup(box, batch, 16, 32, jnp.float32)
   kernel_laws.check_is_plain(*programs(box), case)

@@ -15,15 +15,15 @@ characters, read afresh. 800 steps of 28 rows, in nats a character:
 
   scheme       weights   of eight   own domain            all members  centre
                          (saved)    by seed, 0 to 4       on it        alone
-  independent  504,448              2.203                 2.366
+  independent  504,448              2.203 2.229 2.198     2.373
   centre        72,064   87.5 %     1.977 1.988 1.974
   derived      109,696   81.0 %     1.963 1.974 1.971     2.042        2.007
                                     1.978 1.980           (mean)       (mean)
   low_rank     109,696   81.0 %     1.963 1.973 1.960     2.046        2.009
                                     1.996 1.982           (mean)       (mean)
-  basis        113,108   80.4 %     1.959                 2.008        2.027
-  hub          542,080              2.169                 2.218        2.215
-  ring         542,080              2.201                 2.250        2.239
+  basis        113,108   80.4 %     1.959 1.964 1.961     2.013        2.037
+  hub          542,080              2.169 2.162 2.190     2.221        2.214
+  ring         542,080              2.201 2.206 2.206     2.251        2.240
 
 `of eight`: against eight models of their own, the centre and seven members.
 Every member of `derived` is better on its own domain than the seven are on
@@ -32,10 +32,12 @@ seed. So sharing is worth a lot at equal steps (.23 nats less than independent
 members, each of which sees a seventh of the text), and specialising a little
 (.003 to .015 less than one model for all). Operators and low-rank adapters of
 exactly the same size are equal: 1.973 against 1.975, a difference of -.002 with
-a standard error of .005 over five seeds. Members whose copies of the centre a
-hub or a ring synchronises beat that centre after the last synchronisation,
-2.169 against 2.215 and 2.201 against 2.239, but learn more slowly than those
-that train together (one seed each).
+a standard error of .005 over five seeds; a basis of 3 % more weights is ahead
+of operators by .004, .009 and .010. Members of the other schemes are better on
+their own domain by 2.6 standard errors or more. Members whose copies of the
+centre a hub or a ring synchronises beat that centre after the last
+synchronisation in every seed, by .031 to .046 and .034 to .038, but learn more
+slowly than those that train together.
 
 LOGOS alone, by step (`curves`, validation, seed 0): operators are after 300
 steps where an independent model is after 800.
@@ -45,13 +47,14 @@ steps where an independent model is after 800.
   independent   2.966  2.694  2.553  2.506  2.485  2.399  2.374  2.364
 
 Which member should read a text? Losses on 128 characters name the right domain
-in .60 to .67 of passages (seed 0: .62, top 2 .76), words alone in .63, trigrams
-in .72: members are no good router. Routed by them the next 128 characters cost
+in .60 to .67 of passages (seed 0: .62, top 2 .76), words alone in .62 to .66,
+trigrams in .67 to .72: members are no good router. Routed by them the next 128 characters cost
 1.981, with the right member 1.970, with one model for all 1.983.
 
-An eighth domain (chemistry, seed 0): the centre alone 2.083, a new member with
-the rest frozen (5,376 weights) 2.072 after 28 rows and 1.986 after 448; all
-72,064 weights of the centre 2.083 and 1.894. Commands:
+An eighth domain (chemistry, seeds 0, 1, 2): the centre alone 2.083 2.130 2.117,
+a new member with the rest frozen (5,376 weights) 2.072 2.119 2.107 after 28
+rows and 1.986 1.993 2.014 after 448; all 72,064 weights of the centre 2.083
+2.130 2.117 (chosen not to train) and 1.894 1.894 1.906. Commands:
 
   python train.py --config=configs/specialists_lm.py:independent,curves ...
   python -m recursive_weights.benchmarks.specialists runs/derived

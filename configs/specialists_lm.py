@@ -48,8 +48,9 @@ steps where an independent model is after 800.
 
 Which member should read a text? Losses on 128 characters name the right domain
 in .60 to .67 of passages (seed 0: .62, top 2 .76), words alone in .62 to .66,
-trigrams in .67 to .72: members are no good router. Routed by them the next 128 characters cost
-1.981, with the right member 1.970, with one model for all 1.983.
+trigrams in .67 to .72: members are no good router. Routed by them the next 128
+characters cost 1.981, with the right member 1.970, with one model for all 1.983
+(seed 0).
 
 An eighth domain (chemistry, seeds 0, 1, 2): the centre alone 2.083 2.130 2.117,
 a new member with the rest frozen (5,376 weights) 2.072 2.119 2.107 after 28

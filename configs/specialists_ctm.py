@@ -25,10 +25,16 @@ with rules also train with lr_scale .3 on what their members have of their own.
 And the machines hardly specialise: members of `derived` are better than the
 average of the seven on their own domain by .013, .009 and .007 nats, in each
 seed worse in some domain, and the centre without its operators is better than
-the members with them (2.661 against 2.684 on average). LOGOS alone (`curves`,
-seed 0, after 100, 200, 300 and 400 steps): 3.467, 3.135, 2.850, 2.792 derived,
-3.425, 3.315, 3.215, 3.143 independent. As a router they are
-near chance (.16 to .19 of passages; words .24 to .26, trigrams .31 to .33).
+the members with them (2.661 against 2.684 on average). Nor do 3,000 steps help
+(seed 0, 1,024 characters of each domain, --config.training.steps=3000
+--config.task.passages=64): then one model for all has 2.389, adapters 2.412,
+`derived` 2.446 and with an operator of rank 4 on the readout too 2.402 (2.413
+and 2.440 at lr_scale .1 and 1). Members are better on their own domain than
+the seven are on average by .027 to .037, in the worst domain by -1.3 to +.3
+standard errors. LOGOS alone (`curves`, seed 0, after 100, 200, 300 and 400
+steps): 3.467, 3.135, 2.850, 2.792 derived, 3.425, 3.315, 3.215, 3.143
+independent. As a router they are near chance (.16 to .19 of passages; words .24
+to .26, trigrams .31 to .33).
 
 Variants, joined by commas: `smoke` (seconds) and those of
 configs/specialists_lm.py.

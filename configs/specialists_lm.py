@@ -55,10 +55,10 @@ characters cost 1.981, with the right member 1.970, with one model for all 1.983
 An eighth domain (chemistry, seeds 0, 1, 2): the centre alone 2.083 2.130 2.117,
 a new member with the rest frozen (5,376 weights) 2.072 2.119 2.107 after 28
 rows and 1.986 1.993 2.014 after 448; all 72,064 weights of the centre 2.083
-2.130 2.117 (chosen not to train) and 1.894 1.894 1.906. On a basis a
-new member is twelve coefficients: 2.093 2.144 2.150 by the centre's, 2.065 2.103
-2.086 by the nearest of the seven's, its own 2.048 2.093 2.084 after 28 rows and
-2.048 2.089 2.085 after 448: the better choice while samples are few. Commands:
+2.130 2.117 (chosen not to train) and 1.894 1.894 1.906. On a basis a new member
+is twelve coefficients: 2.093 2.144 2.150 by the centre's, 2.065 2.103 2.086 by
+the nearest of the seven's, its own 2.048 2.093 2.084 after 28 rows and 2.048
+2.089 2.085 after 448: the better choice while samples are few. Commands:
 
   python train.py --config=configs/specialists_lm.py:independent,curves ...
   python -m recursive_weights.benchmarks.specialists runs/derived

@@ -159,6 +159,8 @@ class Task(NamedTuple):
   answers: embeddings of the answers `[classes, D]`, where an answer is to be
     retrieved; else None. Models with the parameter `answers` are given them.
   text: how a person reads and writes tokens; None where they are no text.
+  planted: `{'coefficients' [E, R], 'basis' [R, D, V]}` of the members' weights
+    that made the answers, float32; None where that is not known.
   """
 
   spec: Spec
@@ -170,6 +172,7 @@ class Task(NamedTuple):
   data_hash: dict[str, str] | None = None
   answers: np.ndarray | None = None
   text: Text | None = None
+  planted: dict[str, np.ndarray] | None = None
 
 
 class Objective(NamedTuple):

@@ -1,4 +1,4 @@
-"""Questions that come one after another: updates without those before."""
+"""Questions and clusters that come one after another, without those before."""
 
 from typing import NamedTuple
 
@@ -33,6 +33,23 @@ def init(members: int, basis_RDV: Array) -> Stream:
     jnp.zeros((members, rank, rank)),
     jnp.zeros((members, rank)),
   )
+
+
+def grow(stream: Stream, more: int) -> Stream:
+  """The stream with `more` clusters after its own, which have no question yet.
+
+  As if `init` had been given all of them: what an update does to one member
+  depends on the others through the basis alone. Those that were there stay as
+  they are, bit for bit.
+
+  Raises:
+    UserError: `more` is negative.
+  """
+  if more < 0:
+    raise UserError(f'more must be >= 0, got {more}')
+  fresh = init(more, stream.basis_RDV)
+  joined = jax.tree.map(lambda *x: jnp.concatenate(x), stream, fresh)
+  return joined._replace(basis_RDV=stream.basis_RDV)
 
 
 def update(

@@ -15,20 +15,22 @@ rounding (`stalled`). Baselines: every member's own ridge regression, with the
 ridge that is best on the questions held out; the same fit with the planted
 coefficients given (`known`), which no fit that has to find them should beat.
 
-Five sweeps: `threshold` (n from 1 to 8, by ridge; at n = 4 there are
+Six sweeps: `threshold` (n from 1 to 8, by ridge; at n = 4 there are
 1.25 K d questions, where a basis begins to be told), `rank` (what is fitted, at
 n = 8, by noise), `noise` (at n = 8, by ridge), `start` (initial bases, at n = 4
 and 8, with 300 steps and with 3000; and how large the members' gradients are
 where the proposal takes them, by those at 0), `interval` (steps between
 orthonormalisations and between refreshes, 0 is never, at n = 8 by start, K as
-planted and 2). The first three take four minutes of a core.
+planted and 2), `sparse` (planted coefficients of which three in eight are 0,
+beside Gaussian ones, at n = 4 and 8). The first three take four minutes of a
+core.
 """
 
 import argparse
 import functools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ from recursive_weights.basis.clusters import Clusters
 from recursive_weights.tasks import _planted
 
 PICTURED = ('threshold', 'rank', 'noise')
-SWEEPS = (*PICTURED, 'start', 'interval')
+SWEEPS = (*PICTURED, 'start', 'interval', 'sparse')
 PLANTED = 4
 RIDGES = (1e-6, 1e-3, 1e-1, 1.0)
 RANKS = (1, 2, 3, 4, 5, 6, 8, 12)
@@ -138,6 +140,18 @@ def known(clusters, coefficients_ER, ridge) -> jax.Array:
   return objective.weights(coefficients_ER, basis_RDV)
 
 
+def drawn(
+  draws: int, noise: float, planted: _planted.Coefficients = 'gaussian'
+) -> list[_planted.Planted]:
+  """The problems of a line, each with `MOST` questions a member."""
+  return [
+    _planted.planted(
+      seed, questions=MOST, noise=noise, rank=PLANTED, coefficients=planted
+    )
+    for seed in range(draws)
+  ]
+
+
 def stacked(problems: list[_planted.Planted], questions: int) -> Clusters:
   """Clusters of all draws; rows after the first `questions` count nothing."""
   q, a = (
@@ -162,13 +176,11 @@ def case(
   rank: int,
   noise: float,
   ridge: float,
+  planted: _planted.Coefficients = 'gaussian',
   **fields,
 ):
   """One line: see the module; `fields` are those of `recover`."""
-  problems = [
-    _planted.planted(seed, questions=MOST, noise=noise, rank=PLANTED)
-    for seed in range(draws)
-  ]
+  problems = drawn(draws, noise, planted)
   clusters = stacked(problems, questions)
   found, length_B = recover(
     clusters, ridge, jax.random.key(0), rank=rank, **fields
@@ -206,12 +218,15 @@ def errors(problems, w_BEDV) -> list[float]:
   ]
 
 
-def beside(draws: int, *, questions: int, noise: float):
+def beside(
+  draws: int,
+  *,
+  questions: int,
+  noise: float,
+  planted: _planted.Coefficients = 'gaussian',
+):
   """One line of the baselines."""
-  problems = [
-    _planted.planted(seed, questions=MOST, noise=noise, rank=PLANTED)
-    for seed in range(draws)
-  ]
+  problems = drawn(draws, noise, planted)
   clusters = stacked(problems, questions)
   c_BER = jnp.asarray(
     np.stack([p.coefficients_ER for p in problems]), jnp.float32
@@ -240,10 +255,7 @@ def beside(draws: int, *, questions: int, noise: float):
 
 def gradient(draws: int, *, questions: int, noise: float):
   """One line: members' gradients at the pseudo-inverse, by those at 0."""
-  problems = [
-    _planted.planted(seed, questions=MOST, noise=noise, rank=PLANTED)
-    for seed in range(draws)
-  ]
+  problems = drawn(draws, noise)
   norm = functools.partial(
     initial.gradient_norm, objective.make(ridge=0.0), ridge=0.0
   )
@@ -291,6 +303,13 @@ def sweep(name: str, draws: int) -> Iterator[dict]:
             'refresh_every': refresh,
           }
           yield case(draws, **at | fields)
+  elif name == 'sparse':
+    for questions in (4, MOST):
+      for kind in get_args(_planted.Coefficients):
+        by = {'planted': kind}
+        found = beside(draws, questions=questions, noise=0.05, planted=kind)
+        yield by | found
+        yield by | case(draws, **at | by | {'questions': questions})
   else:
     for noise in NOISES:
       yield beside(draws, questions=MOST, noise=noise)

@@ -4,7 +4,6 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from recursive_weights import interfaces
@@ -87,25 +86,18 @@ def make(
     task.text.decode(row) for batch in held for row in batch['inputs']['tokens']
   ][:total]
   told = _known(task, known)
+  zero_E = np.zeros(len(names), int)
 
   @jax.jit
   def judge(params, batch):
-    """Every member's loss of every row, `[E, B]`."""
-    size = batch['weight'].shape[0]
-    inputs = batch['inputs']
-    inputs = inputs | {'domain': jnp.zeros_like(inputs['domain'])}
-
-    def one(index):
-      alone = specialists.select(params, index)
-      outputs, _ = model.apply(
-        alone, model.carry(alone, size), inputs, key=None, train=False
-      )
-      return task.loss(objective.answer(outputs), batch)[0]
-
-    count = specialists.count(params)
-    if not count:  # the centre alone answers for all
-      return jnp.tile(one(0)[None], (len(names), 1))
-    return jax.lax.map(one, jnp.arange(count))
+    loss_EB = specialists.judge(
+      model,
+      params,
+      batch['inputs'],
+      lambda outputs: task.loss(objective.answer(outputs), batch)[0],
+    )
+    # The centre alone answers for all.
+    return loss_EB if specialists.count(params) else loss_EB[zero_E]
 
   def losses(params):
     """`[E, domains, passages, rows]`, nats a character."""
@@ -168,26 +160,26 @@ def _matrix(loss_EDPR, names, split):
 
 def _routed(loss_EDPR, length, top_k):
   """Routing by the members' losses on the first half of a passage."""
-  half = loss_EDPR.shape[-1] // 2
-  seen_EDP = length * loss_EDPR[..., :half].sum(-1)
-  left_EDP = loss_EDPR[..., half:].mean(-1)
-  log_EDP = seen_EDP.min(0) - seen_EDP
-  log_EDP -= np.log(np.exp(log_EDP).sum(0))
-  chosen_DP = seen_EDP.argmin(0)
-  # Likelihoods of the second half as a whole, then nats a character.
-  nats_EDP = length * half * left_EDP
-  best_DP = (log_EDP - nats_EDP).max(0)
-  mixed_DP = -best_DP - np.log(np.exp(log_EDP - nats_EDP - best_DP).sum(0))
-  own_DP = np.stack([left_EDP[i, i] for i in range(left_EDP.shape[1])])
-  picked_DP = np.take_along_axis(left_EDP, chosen_DP[None], 0)[0]
+  members, domains, passages, rows = loss_EDPR.shape
+  half = rows // 2
+  seen_EB, left_EB = (
+    length * some.sum(-1).reshape(members, -1)
+    for some in (loss_EDPR[..., :half], loss_EDPR[..., half:])
+  )
+  own_B = np.repeat(np.arange(domains), passages)
+  member_EB, log_EB = map(np.asarray, specialists.route(seen_EB, members))
+  ranked_EB = np.take_along_axis(left_EB, member_EB, 0)
   result = {
-    'router/loss': picked_DP.mean(),
-    'router/own_loss': own_DP.mean(),
-    'router/mixture_loss': (mixed_DP / (length * half)).mean(),
+    'router/loss': ranked_EB[0],
+    'router/own_loss': np.take_along_axis(left_EB, own_B[None], 0),
+    'router/mixture_loss': -np.logaddexp.reduce(log_EB - ranked_EB),
   }
-  rank_EDP = np.moveaxis(log_EDP, 0, -1)
-  result |= {f'router/top@{k}': _top(rank_EDP, k) for k in top_k}
-  return {name: float(x) for name, x in result.items()}
+  # Likelihoods of the second half as a whole, then nats a character.
+  result = {k: float(x.mean()) / (length * half) for k, x in result.items()}
+  return result | {
+    f'router/top@{k}': float((member_EB[:k] == own_B).any(0).mean())
+    for k in top_k
+  }
 
 
 def _by_centroids(text, known, passage, top_k):

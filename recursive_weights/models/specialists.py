@@ -197,6 +197,53 @@ def grow(params: Tree, more: Tree) -> Tree:
   return params | joined
 
 
+def judge(
+  model: Model, params: Tree, inputs: Tree, loss: Callable[[dict], jax.Array]
+) -> jax.Array:
+  """Every member's loss of every row, `[E, B]`, whosever the row is.
+
+  Where there are no members it is the centre's, `[1, B]`.
+
+  Args:
+    loss: `outputs -> loss_B`.
+  """
+  domain_B = jnp.zeros_like(inputs['domain'])
+  inputs = inputs | {'domain': domain_B}
+
+  def one(index):
+    alone = select(params, index)
+    outputs, _ = model.apply(
+      alone, model.carry(alone, len(domain_B)), inputs, key=None, train=False
+    )
+    return loss(outputs)
+
+  return jax.lax.map(one, jnp.arange(max(count(params), 1)))
+
+
+def route(loss_EB: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """The k members that a text should be given to, and how likely each is.
+
+    ln p_i = -l_i - ln sum_j exp(-l_j)
+
+  Args:
+    loss_EB: nats that members lose on what is known of each text, all of it
+      together: `judge` times the tokens of a row, summed over a text's rows.
+    k: how many; E for all.
+
+  Returns:
+    `member_KB`, int32, who loses least first, of equals the first, and their
+    `ln p`, `[K, B]`: all members count in the sum.
+
+  Raises:
+    UserError: k is not in 1 .. E.
+  """
+  if not 0 < k <= len(loss_EB):
+    raise UserError(f'k must be in 1 .. {len(loss_EB)}, got {k}')
+  log_BE = jax.nn.log_softmax(-jnp.asarray(loss_EB).T)
+  log_BK, member_BK = jax.lax.top_k(log_BE, k)
+  return member_BK.T, log_BK.T
+
+
 def at_start(params: Tree, start: Tree) -> Tree:
   """Trained centres with members as they began: the centre as a model.
 

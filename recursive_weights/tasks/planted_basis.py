@@ -111,4 +111,8 @@ def make(
       ).hexdigest()
       for part in sizes
     },
+    planted={
+      'coefficients': truth.coefficients_ER.astype(np.float32),
+      'basis': truth.basis_RDV.astype(np.float32),
+    },
   )

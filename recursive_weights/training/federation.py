@@ -5,8 +5,8 @@ member has learnt about its domain stays. How far copies have drifted, and how
 much each counts, is logged.
 
 Source: examiner-ctm v5.3, Fed-HIRE. There the centre was copied over whole
-specialists, which wiped them at each synchronisation, drift was computed and
-not used, and weights were accuracies on different domains.
+specialists, which wiped them at each synchronisation, and weights were
+accuracies on different domains.
 """
 
 import json

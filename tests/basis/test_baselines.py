@@ -88,20 +88,50 @@ def test_procrustes_takes_the_mean_question_to_the_mean_answer():
     np.testing.assert_allclose(across @ w, size * across, atol=2e-5)
 
 
-def test_laplacian_solves_the_coupled_system():
-  clusters = random()
+def coupled(clusters, strength, ridge):
+  """All members' normal equations as one dense system, float64."""
   s_EE = np.asarray(objective_lib.answer_similarity(clusters), np.float64)
   graph_EE = np.diag(s_EE.sum(1)) - s_EE
-  system = 0.3 * np.kron(graph_EE, np.eye(D)) + 0.1 * np.eye(E * D)
+  system = strength * np.kron(graph_EE, np.eye(D)) + ridge * np.eye(E * D)
   right = np.zeros((E * D, D))
   for i, (q, a) in enumerate(ragged(clusters)):
     own = slice(i * D, (i + 1) * D)
     system[own, own] += q.T @ q
     right[own] = q.T @ a
-  expected = np.linalg.solve(system, right).reshape(E, D, D)
-  np.testing.assert_allclose(
-    METHODS['laplacian'](clusters), expected, atol=1e-4
+  return np.linalg.solve(system, right).reshape(E, D, D)
+
+
+# Without coupling the preconditioner is the system; with much it is far off.
+@pytest.mark.parametrize(
+  ('strength', 'ridge'), [(0.0, 0.1), (0.3, 0.1), (100.0, 0.1), (0.1, 1e-3)]
+)
+def test_laplacian_solves_the_coupled_system(strength, ridge):
+  draws = [random(seed) for seed in (0, 1)]
+  both = jax.tree.map(lambda *x: jnp.stack(x), *draws)
+  # By the answers' similarity, under jit, and many problems at once.
+  found = jax.jit(
+    jax.vmap(
+      lambda c, s_EE: baselines.graph_laplacian(
+        c, s_EE, strength=strength, ridge=ridge
+      )
+    )
+  )(both, jax.vmap(objective_lib.answer_similarity)(both))
+  for w_EDV, clusters in zip(found, draws, strict=True):
+    expected = coupled(clusters, strength, ridge)
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(w_EDV, expected, atol=1e-4 * size)
+
+
+def test_laplacian_keeps_no_matrix_of_all_questions():
+  few, many = 4, 64
+  clusters = clusters_lib.Clusters(
+    *(jax.ShapeDtypeStruct((few, many, n), jnp.float32) for n in (2, 3)),
+    jax.ShapeDtypeStruct((few, many), jnp.float32),
   )
+  graph = jax.ShapeDtypeStruct((few, few), jnp.float32)
+  text = jax.jit(baselines.graph_laplacian).lower(clusters, graph).as_text()
+  assert f'{few}x{many}x{many}' in text  # the preconditioner's
+  assert f'{few * many}x{few * many}' not in text
 
 
 def test_gradient_descent_is_autodiffs_on_the_weight():

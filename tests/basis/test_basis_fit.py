@@ -205,25 +205,46 @@ def test_bad_settings_are_told(fields, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('draws', 'questions', 'error', 'angle'),
+  ('planted', 'draws', 'questions', 'error', 'angle'),
   [
-    (3, 4, 6e-3, 0.99),
-    pytest.param(10, 8, 6e-4, 0.999, marks=pytest.mark.long),
+    ('gaussian', 3, 4, 6e-3, 0.99),
+    # Less signal and the same noise: `known` has twice the error too.
+    ('sparse', 3, 8, 1.2e-3, 0.998),
+    pytest.param('gaussian', 10, 8, 6e-4, 0.999, marks=pytest.mark.long),
   ],
 )
-def test_a_planted_basis_is_recovered(draws, questions, error, angle):
-  found = recovery.case(
-    draws, questions=questions, rank=4, noise=0.05, ridge=1e-3
-  )
+def test_a_planted_basis_is_recovered(planted, draws, questions, error, angle):
+  drawn = {'questions': questions, 'noise': 0.05, 'planted': planted}
+  found = recovery.case(draws, rank=4, ridge=1e-3, **drawn)
   assert found['error']['median'] <= error
   assert found['cosine']['median'] >= angle
   assert found['coefficients']['high'] < found['error']['low']
   assert found['stationary'] == 1 and found['unfinished'] == []
   # Not the median alone: no draw ends in a minimum that interpolates.
   assert found['error']['high'] <= 2 * error
-  beside = recovery.beside(draws, questions=questions, noise=0.05)
+  beside = recovery.beside(draws, **drawn)
   assert beside['known']['median'] < found['error']['median']
   assert beside['independent']['median'] > 0.7
+
+
+def test_sparse_coefficients_are_as_sparse_as_they_say():
+  full = _planted.planted(0, members=4000, width=2, rank=4)
+  assert np.all(full.coefficients_ER != 0)
+  for density in (0.0, 0.5):
+    problem = _planted.planted(
+      0, members=4000, width=2, rank=4, coefficients='sparse', density=density
+    )
+    kept_ER = problem.coefficients_ER != 0
+    # One of four is kept whatever happens to the others.
+    assert kept_ER.any(1).all()
+    share = (1 + 3 * density) / 4
+    np.testing.assert_allclose(kept_ER.mean(0), share, atol=0.03)
+    own_EDV = np.einsum(
+      'er,rdv->edv', problem.coefficients_ER, problem.basis_RDV
+    )
+    np.testing.assert_allclose(problem.w_EDV, own_EDV, atol=1e-12)
+  with pytest.raises(ValueError, match="'gaussian' or 'sparse', got 'few'"):
+    _planted.planted(0, coefficients='few')
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Number of bases, updates of a stream, low-rank bases, and files."""
 
+import functools
 import json
 
 import chex
@@ -91,6 +92,45 @@ def test_a_stream_in_any_order_is_the_solution_on_all_questions():
     )
   np.testing.assert_allclose(state.coefficients_ER, expected, atol=1e-4)
   np.testing.assert_array_equal(state.basis_RDV, basis_RDV)
+
+
+def test_a_stream_that_grows_is_one_that_began_with_all_clusters():
+  _, clusters = planted()
+  draw = np.random.default_rng(0)
+  basis_RDV = jnp.asarray(draw.normal(size=(R, D, D)), jnp.float32)
+  old = E - 7
+
+  @functools.partial(jax.jit, static_argnames='strength')
+  def asked(state, members, strength, t=0):
+    return stream.update(
+      state,
+      clusters.q_ETD[members, t],
+      clusters.a_ETV[members, t],
+      members,
+      ridge=0.3,
+      strength=strength,
+      forget=0.9,
+    )
+
+  for strength in (0.0, 0.3):
+    small = asked(stream.init(old, basis_RDV), jnp.arange(old), strength)
+    grown = stream.grow(small, E - old)
+    chex.assert_trees_all_equal(grown.basis_RDV, small.basis_RDV)
+    for x, was in zip(grown, small, strict=True):
+      np.testing.assert_array_equal(x[: len(was)], was)
+    # The new ones are as `init` has them.
+    assert len(grown.gram_ERR) == E
+    for name in ('coefficients_ER', 'gram_ERR', 'right_ER'):
+      assert not np.any(getattr(grown, name)[old:])
+    whole = asked(stream.init(E, basis_RDV), jnp.arange(old), strength)
+    rows = jnp.asarray(draw.permutation(E))
+    found, expected = (asked(x, rows, strength, 1) for x in (grown, whole))
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+    if not strength:
+      chex.assert_trees_all_equal(found.gram_ERR, expected.gram_ERR)
+      chex.assert_trees_all_equal(found.right_ER, expected.right_ER)
+  with pytest.raises(UserError, match='more must be >= 0, got -1'):
+    stream.grow(grown, -1)
 
 
 @pytest.mark.parametrize(

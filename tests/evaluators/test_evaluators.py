@@ -29,6 +29,7 @@ APART = {
   'pictures',
   'poison',
   'recall',
+  'recovery',
   'restarts',
   'retrieval',
   'samples',

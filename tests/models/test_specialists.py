@@ -157,6 +157,50 @@ def test_a_new_member_leaves_the_others_as_they_are(case):
     )
 
 
+def test_a_text_goes_to_those_who_lose_least_on_it(case, task):
+  """Members' losses one by one, shares by loops in float64."""
+  _, model, _, params, batch, run = case
+  size = max(specialists.count(params), 1)
+
+  @jax.jit
+  def judge(params, batch):
+    return specialists.judge(
+      model,
+      params,
+      batch['inputs'],
+      lambda outputs: task.loss(outputs['logits'][0], batch)[0],
+    )
+
+  found_EB = judge(params, batch)
+  assert found_EB.shape == (size, 7)
+  for i in range(size):
+    logits_BTV = run(params, as_domain(batch, i))[0]
+    expected_B = task.loss(logits_BTV, batch)[0]
+    np.testing.assert_allclose(found_EB[i], expected_B, rtol=1e-4)
+  loss_EB = 8 * np.asarray(found_EB)
+  for k in range(1, size + 1):
+    member_KB, log_KB = specialists.route(loss_EB, k)
+    assert member_KB.shape == log_KB.shape == (k, 7)
+    for b in range(7):
+      order = sorted(range(size), key=lambda i, b=b: loss_EB[i, b])
+      assert member_KB[:, b].tolist() == order[:k]
+      p_E = np.exp(-np.float64(loss_EB[:, b]))
+      p_K = (p_E / p_E.sum())[order[:k]]
+      np.testing.assert_allclose(np.exp(log_KB[:, b]), p_K, rtol=1e-4)
+  for k in (0, size + 1):
+    with pytest.raises(UserError, match=f'k must be in 1 .. {size}, got {k}'):
+      specialists.route(loss_EB, k)
+
+
+def test_routing_keeps_what_is_far_behind_and_the_order_of_equals():
+  loss_EB = np.array([[900.0, 5.0], [300.0, 5.0], [800.0, 5.0]])
+  member_KB, log_KB = specialists.route(loss_EB, 3)
+  assert member_KB.T.tolist() == [[1, 2, 0], [0, 1, 2]]
+  # A share of exp(-600) is no zero: what follows may speak for that member.
+  np.testing.assert_allclose(log_KB[:, 0], [0, -500, -600], atol=1e-4)
+  np.testing.assert_allclose(log_KB[:, 1], np.log(1 / 3), rtol=1e-6)
+
+
 def test_every_parameter_has_a_gradient_and_only_of_its_rows(case, task):
   name, model, _, params, batch, _ = case
   judge = objective.make('last')

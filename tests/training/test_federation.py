@@ -17,7 +17,7 @@ from recursive_weights.interfaces import UserError
 from recursive_weights.models import specialists
 from recursive_weights.recursion import objective
 from recursive_weights.tasks import domains
-from recursive_weights.training import federation
+from recursive_weights.training import checkpoints, federation
 from recursive_weights.training import state as state_lib
 from tests import tiny_members
 
@@ -250,17 +250,22 @@ def test_operators_and_moments_stay_and_the_average_goes_along(case):
   chex.assert_trees_all_equal(state.step, found.step)
 
 
-def test_who_rejoins_has_lost_nothing_and_the_others_stay(case):
-  saved = case.trained
-  state, _ = case.step(saved, case.task.batch('train', 300, SIZE))
+def without(state, index):
+  """A member's weights, average and moments are gone."""
 
   def killed(path, x):
     names = {getattr(part, 'key', None) for part in path}
     gone = names & set(specialists.BY_MEMBER)
-    return x.at[1].set(jnp.nan) if gone else x
+    return x.at[index].set(jnp.nan) if gone else x
 
-  lost = jax.tree_util.tree_map_with_path(killed, state)
-  back = federation.rejoin(lost, 1, saved)
+  return jax.tree_util.tree_map_with_path(killed, state)
+
+
+def test_who_rejoins_has_lost_nothing_and_the_others_stay(case):
+  saved = case.trained
+  state, _ = case.step(saved, case.task.batch('train', 300, SIZE))
+
+  back = federation.rejoin(without(state, 1), 1, saved)
   others = np.array([0, 2])
   for part in specialists.BY_MEMBER:
     for name in ('params', 'ema'):
@@ -279,6 +284,55 @@ def test_who_rejoins_has_lost_nothing_and_the_others_stay(case):
   after, metrics = case.step(back, case.task.batch('train', 301, SIZE))
   assert metrics['finite'] == 1
   chex.assert_tree_all_finite(after.params)
+
+
+@pytest.fixture(scope='module')
+def stored(case):
+  """Members whose centres have drifted apart, and their checkpoint on disk."""
+  state = case.trained
+  for index in range(120, 125):
+    state, _ = case.step(state, case.task.batch('train', index, SIZE))
+  saved = checkpoints.open_folder(case.folder, {'name': 'tiny'})
+  saved.save(state, {})
+  saved.wait()
+  saved.close()
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  found, folder = checkpoints.load_state(case.folder, abstract)
+  assert folder.name == '125' and (folder / 'params').is_dir()
+  assert (federation.drift(found.params) > 1e-3).all()
+  return state, found
+
+
+def test_who_comes_back_from_a_checkpoint_was_never_away(case, stored):
+  """Lost between two synchronisations: what follows has the same bits."""
+  state, saved = stored
+  back = federation.rejoin(without(state, 1), 1, saved)
+  found, expected = case.together(back), case.together(state)
+  chex.assert_trees_all_equal(found, expected)
+  np.testing.assert_array_equal(
+    own_losses(case, found.params), own_losses(case, expected.params)
+  )
+
+
+def test_who_misses_a_synchronisation_comes_back_with_its_operators(
+  case, stored
+):
+  state, saved = stored
+  lost = case.together(without(state, 1))
+  assert jnp.isnan(lost.params['centres']['norm'][1]).all()
+  back = case.together(federation.rejoin(lost, 1, saved))
+  never = case.together(case.together(state))
+  for found, expected in ((back.params, never.params), (back.ema, never.ema)):
+    chex.assert_trees_all_equal(found['members'], expected['members'])
+    np.testing.assert_allclose(federation.drift(found), 0, atol=1e-6)
+  chex.assert_trees_all_equal(back.opt_state, never.opt_state)
+  # Shares of the centre differ by one round, what members know does not.
+  found_E, never_E = (own_losses(case, x.params) for x in (back, never))
+  np.testing.assert_allclose(found_E, never_E, atol=0.02)
+  centre = specialists.at_start(back.params, case.start.params)
+  assert found_E[1] < own_losses(case, centre)[1] - 0.02
 
 
 def test_a_newcomer_begins_with_the_mean_of_both(case):

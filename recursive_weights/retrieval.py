@@ -8,8 +8,9 @@ Each method's settings, and the rule by which an answer is scored, are those of
 the best mean reciprocal rank on the validation questions of the first seed;
 test questions are judged once. Seeds choose which questions train. Writes
 `table.json` and `table.md`; rows that are there are not measured again, and
-`asked.json` says of which task, methods and seeds they are. `--settings` counts
-only where there are no validation questions.
+`asked.json` says of which task, methods and seeds they are. With `--settings`
+nothing is chosen: a method takes what its row of another table has. Rows of the
+basis say how stationary their fits are, seed by seed (`basis.lagrangian`).
 """
 
 import json
@@ -154,8 +155,7 @@ def compare(
   Args:
     task: fields of the config's task.
     names: methods; [] for all.
-    stored: rows by method of another set, whose settings to take where this
-      one has no questions to choose by.
+    stored: rows by method of another set, whose settings to take.
 
   Raises:
     UserError: unknown method; no validation questions and nothing stored.
@@ -170,6 +170,7 @@ def compare(
     )
   names = names or list(methods.METHODS)
   found: dict[str, list] = {name: [] for name in names}
+  tangents: list[float] = []
   chosen: dict[str, tuple[dict, str]] = {}
   for seed in range(seeds):
     fields = task | {'train_questions': count, 'split_seed': seed}
@@ -180,6 +181,9 @@ def compare(
         chosen[name] = choose(name, problem, stored)
       rank_B = measure(name, problem, *chosen[name])
       found[name].append(rank_B)
+      if name == OURS:
+        settings = chosen[name][0]
+        tangents.append(methods.stationarity(*trained(problem), **settings))
       _log.info(
         '%d questions, seed %d, %s: Recall@1 %.3f (%s; %.1f s)',
         count,
@@ -206,14 +210,15 @@ def compare(
         name, task_sizes(problem), *chosen[name]
       ),
     }
+    | ({'tangent/by_seed': tangents} if name == OURS else {})
     for name, ranks in found.items()
   ]
 
 
 def choose(name: str, problem, stored: dict) -> tuple[dict, str]:
-  """Settings and rule of a method, by the validation questions.
+  """Settings and rule of a method: of `stored`, rows by method, or the best.
 
-  Where there are none they are those of `stored`, rows by method.
+  By the validation questions.
 
   Raises:
     UserError: neither validation questions nor a stored row.
@@ -221,9 +226,9 @@ def choose(name: str, problem, stored: dict) -> tuple[dict, str]:
   from recursive_weights.basis import methods
   from recursive_weights.interfaces import UserError
 
+  if name in stored:
+    return stored[name]['settings'], stored[name]['rule']
   if not problem.spec.sizes['validation']:
-    if name in stored:
-      return stored[name]['settings'], stored[name]['rule']
     raise UserError(
       'there are no validation questions to choose settings by: lower '
       'train_questions, or give --settings=TABLE.json of another set'
@@ -345,7 +350,7 @@ if __name__ == '__main__':
     'num_seeds', 3, 'choices of training questions', lower_bound=1
   )
   flags.DEFINE_string(
-    'settings', None, 'table.json whose settings a set without validation takes'
+    'settings', None, 'table.json whose settings to take; chosen unless given'
   )
   flags.DEFINE_string('output_dir', None, 'folder of table.json and table.md')
   command.run(main, __doc__)

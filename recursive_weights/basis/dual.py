@@ -160,11 +160,14 @@ def initial(table: Rows, members: int, rank: int, ridge: float) -> Array:
 
   Eigenvectors of the matrix of `<W_i, W_j>`, which is found from rows.
   """
-  same_NN = table.member_N[:, None] == table.member_N[None]
-  z_NV = _solve(table.inner_NN * same_NN / ridge, table.a_NV)
+  questions = len(table.member_N) // members
+  four = members, questions, members, questions
+  each_E = jnp.arange(members)
+  own_ETT = table.inner_NN.reshape(four)[each_E, :, each_E]
+  a_ETV = table.a_NV.reshape(members, questions, -1)
+  z_NV = jax.vmap(_solve)(own_ETT / ridge, a_ETV).reshape(table.a_NV.shape)
   weighed_NN = einsum('nv,mv->nm', z_NV, z_NV) * table.inner_NN
-  gram_EN = jax.ops.segment_sum(weighed_NN, table.member_N, members)
-  gram_EE = jax.ops.segment_sum(gram_EN.T, table.member_N, members)
+  gram_EE = weighed_NN.reshape(four).sum((1, 3))
   return jnp.linalg.eigh(gram_EE)[1][:, ::-1][:, :rank]
 
 
@@ -205,9 +208,10 @@ def step(table: Rows, state: State, halvings: int = 8) -> State:
   return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, old)
 
 
-def begin(table: Rows, span_ER: Array) -> State:
-  """The state before the first step."""
-  found, model = reduced(table, span_ER), None
+def begin(table: Rows, span_ER: Array, square: Reduced | None = None) -> State:
+  """The state before the first step; `square` is `reduced` there, if known."""
+  found = reduced(table, span_ER) if square is None else square
+  model = None
   if table.cosine is not None:  # from where the squared error leads
     model = _model(table, found)
     found = reduced(table, span_ER, model)
@@ -223,6 +227,7 @@ def run(
   steps: int = 100,
   warm_ridge: float = 0.0,
   warm_steps: int = 30,
+  span_ER: Array | None = None,
 ) -> tuple[Array, Array, Array]:
   """Coefficients and basis, by steps that cost `N³ / 3 + 4 N² V` each.
 
@@ -239,6 +244,7 @@ def run(
     warm_ridge: with which to begin where it is larger than the objective's: it
       takes away minima that interpolate where questions hardly suffice.
     warm_steps: steps with it.
+    span_ER: where to begin, say coefficients found before; None for `initial`.
 
   Returns:
     Coefficients `[E, R]`, orthonormal basis `[R, D, V]`, and the objective
@@ -255,17 +261,23 @@ def run(
     )
   members = clusters.weight_ET.shape[0]
   table = rows(objective, clusters)
-  span_ER = initial(table, members, rank, max(objective.ridge, 1.0))
+  if span_ER is None:
+    span_ER = initial(table, members, rank, max(objective.ridge, 1.0))
+  elif span_ER.shape != (members, rank):
+    raise UserError(f'span_ER must be {(members, rank)}, got {span_ER.shape}')
+  else:
+    span_ER = jnp.linalg.qr(span_ER)[0]
 
   if warm_ridge > objective.ridge:
     easy = objective._replace(cosine=0.0, ridge=warm_ridge)
     warm = rows(easy, clusters)
     span_ER = _descend(warm, span_ER, warm_steps)[0].span_ER
+  found = None
   if objective.cosine:
     # Short predictions bend the angle so much that steps are short too.
-    square = rows(objective._replace(cosine=0.0), clusters)
-    span_ER = _descend(square, span_ER, steps)[0].span_ER
-  state, values_S = _descend(table, span_ER, steps)
+    square, _ = _descend(table._replace(cosine=None), span_ER, steps)
+    span_ER, found = square.span_ER, square.found
+  state, values_S = _descend(table, span_ER, steps, found)
   c_ER, basis_RDV = primal(clusters, table, state)
   return c_ER, basis_RDV, values_S / total_weight(clusters)
 
@@ -281,22 +293,23 @@ def primal(
   z_NV = state.found.z_NV
   if state.model is not None:
     z_NV = state.model.scale_N[:, None] * z_NV
-  z_ETV = z_NV.reshape(*clusters.weight_ET.shape, -1)
-  z_ETV = jnp.sqrt(clusters.weight_ET)[..., None] * z_ETV
-  mixed_ETRV = einsum('er,etv->etrv', c_ER, z_ETV)
-  raw_RDV = einsum('etd,etrv->rdv', clusters.q_ETD, mixed_ETRV)
+  # All that costs is this product of matrices, so it has to be one.
+  mixed_NR = jnp.sqrt(table.weight_N)[:, None] * c_ER[table.member_N]
+  q_ND = clusters.q_ETD.reshape(len(mixed_NR), -1)
+  mixed_NRD = mixed_NR[..., None] * q_ND[:, None]
+  raw_RDV = einsum('nrd,nv->rdv', mixed_NRD, z_NV)
   basis_RDV = subspace.orthonormalise(raw_RDV)
   back_RR = subspace.inner(raw_RDV, basis_RDV)
   return einsum('er,rs->es', c_ER, back_RR), basis_RDV
 
 
 @functools.partial(jax.jit, static_argnames='steps')
-def _descend(table, span_ER, steps):
+def _descend(table, span_ER, steps, found=None):
   def body(state, _):
     state = step(table, state)
     return state, state.found.objective
 
-  return jax.lax.scan(body, begin(table, span_ER), length=steps)
+  return jax.lax.scan(body, begin(table, span_ER, found), length=steps)
 
 
 def _model(table, found):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from recursive_weights.basis import baselines, dual, routing, solve
+from recursive_weights.basis import baselines, dual, lagrangian, routing, solve
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.basis.clusters import Clusters
 from recursive_weights.basis.objective import einsum
@@ -76,11 +76,9 @@ def members(
   base, neighbours = settings.pop('base', 'zero'), settings.pop('neighbours', 0)
   if base not in BASES:
     raise UserError(f'base must be one of {", ".join(BASES)}, got {base!r}')
-  rest = clusters
   if base == 'identity':
     eye_EDV = baselines.identity(clusters)  # tells of sizes
-    rest = clusters._replace(a_ETV=clusters.a_ETV - clusters.q_ETD)
-  w_EDV = weights(rest, a_EV, **settings)
+  w_EDV = weights(_rest(clusters, base), a_EV, **settings)
   if neighbours:
     w_EDV = routing.extend(w_EDV, clusters, a_EV, neighbours)
   if base == 'identity':
@@ -89,7 +87,30 @@ def members(
   return lambda q_BD: _scores(q_BD, w_EDV, a_EV, centroid_ED)
 
 
-def basis(
+def _rest(clusters, base):
+  """What the base leaves of the answers."""
+  if base == 'zero':
+    return clusters
+  return clusters._replace(a_ETV=clusters.a_ETV - clusters.q_ETD)
+
+
+def basis(clusters: Clusters, a_EV: Array, **settings) -> Array:
+  """Weights of the shared basis, `[E, D, V]`; see `fit_basis`."""
+  return objective_lib.weights(*fit_basis(clusters, a_EV, **settings)[1:])
+
+
+def stationarity(
+  clusters: Clusters, a_EV: Array, *, base: str = 'zero', **settings
+) -> float:
+  """`lagrangian.tangent` where the basis of these settings ends."""
+  settings.pop('neighbours', None)
+  rest = _rest(clusters, base)
+  objective, c_ER, basis_RDV = fit_basis(rest, a_EV, **settings)
+  found = lagrangian.multipliers(objective, rest, c_ER, basis_RDV)
+  return float(lagrangian.tangent(objective, rest, c_ER, found))
+
+
+def fit_basis(
   clusters: Clusters,
   a_EV: Array,
   *,
@@ -98,8 +119,8 @@ def basis(
   similarity: float = 0.0,
   cosine: float = 0.0,
   steps: int = 30,
-) -> Array:
-  """Weights of the shared basis, `[E, D, V]`.
+) -> tuple[objective_lib.Objective, Array, Array]:
+  """The objective, coefficients `[E, R]` and basis `[R, D, V]`.
 
   Through rows (`dual.run`) with `steps` steps. A rank above the number of
   members with a question is that number.
@@ -116,7 +137,7 @@ def basis(
   c_ER, basis_RDV, _ = dual.run(
     objective, clusters, rank, steps=steps, warm_ridge=1.0, warm_steps=steps
   )
-  return objective_lib.weights(c_ER, basis_RDV)
+  return objective, c_ER, basis_RDV
 
 
 def answer_graph(a_EV: Array, neighbours: int = 8) -> Array:

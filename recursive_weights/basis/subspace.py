@@ -14,7 +14,7 @@ _TINY = 1e-6
 
 def inner(x_RDV: Array, y_RDV: Array) -> Array:
   """Frobenius inner products `<X_j, Y_k>`, `[R, R]`."""
-  return einsum('rdv,sdv->rs', x_RDV, y_RDV)
+  return einsum('rn,sn->rs', _flat(x_RDV), _flat(y_RDV))
 
 
 def normalise(basis_RDV: Array) -> Array:
@@ -34,15 +34,14 @@ def orthonormalise(basis_RDV: Array) -> Array:
   Source: P.-O. Löwdin, 1950. Gram and Schmidt's procedure as proposed divides
   a dependent matrix by its rounding, and keeps noise.
   """
-  unit_RDV = normalise(basis_RDV)
+  gram_RR = inner(basis_RDV, basis_RDV)
+  norm_R = jnp.sqrt(jnp.diagonal(gram_RR))
+  scale_R = 1 / jnp.where(norm_R > 0, norm_R, 1.0)
+  cosine_RR = scale_R[:, None] * gram_RR * scale_R[None]
+  whiten_RR = _whiten(cosine_RR) * scale_R[None]
+  near_RDV = _mix(whiten_RR, basis_RDV)
   # The Gram matrix squares the condition; a second pass removes what is left.
-  for _ in range(2):
-    value_R, vector_RR = jnp.linalg.eigh(inner(unit_RDV, unit_RDV))
-    keep_R = value_R > _TINY * value_R[-1]
-    root_R = jnp.where(keep_R, 1 / jnp.sqrt(jnp.where(keep_R, value_R, 1)), 0)
-    whiten_RR = einsum('rs,s,ts->rt', vector_RR, root_R, vector_RR)
-    unit_RDV = einsum('rs,sdv->rdv', whiten_RR, unit_RDV)
-  return unit_RDV
+  return _mix(_whiten(inner(near_RDV, near_RDV)), near_RDV)
 
 
 def leading(
@@ -106,6 +105,22 @@ def coordinates(
   return einsum('er,rs->es', coefficients_ER, m_RR)
 
 
+def _whiten(gram_RR):
+  """`Gram^(-1/2)` on the span, 0 beside it."""
+  value_R, vector_RR = jnp.linalg.eigh(gram_RR)
+  keep_R = value_R > _TINY * value_R[-1]
+  root_R = jnp.where(keep_R, 1 / jnp.sqrt(jnp.where(keep_R, value_R, 1)), 0)
+  return einsum('rs,s,ts->rt', vector_RR, root_R, vector_RR)
+
+
+def _mix(mix_RR, x_RDV):
+  return einsum('rs,sn->rn', mix_RR, _flat(x_RDV)).reshape(x_RDV.shape)
+
+
+def _flat(x_RDV):
+  # Products over one long axis are several times as fast as over two.
+  return x_RDV.reshape(x_RDV.shape[0], -1)
+
+
 def _qr(x_RDV):
-  flat = x_RDV.reshape(x_RDV.shape[0], -1)
-  return jnp.linalg.qr(flat.T)[0].T.reshape(x_RDV.shape)
+  return jnp.linalg.qr(_flat(x_RDV).T)[0].T.reshape(x_RDV.shape)

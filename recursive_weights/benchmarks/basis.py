@@ -7,17 +7,32 @@ time) and of all of them, the loss that they reach, seconds before the first one
 (`setup_s`: the start, sums over questions, compiling), and on how many threads.
 `loops` is the algorithm as it was proposed, cluster by cluster, with the
 gradient of its loss corrected; `alternating` is `basis.fit`, `rows` is
-`basis.dual`. Data are planted. All stop at a loss of --target, `alternating`
-also where its tangent gradient is below --tolerance; its lines say how many
-bytes the data, the state and the temporaries of a step take. `start_s` of
-`rows` is what of the set-up is no compiling; its objective is that of the phase
-in which it stopped (with a cosine, the squared error's for --warm iterations).
+`basis.dual`, whose iterations leave the basis unformed. Data are planted. All
+stop at a loss of --target, `alternating` also where its tangent gradient is
+below --tolerance.
+
+With a --target, `total_s` is the whole fit, from the data to coefficients and
+basis, compiling and the test of the loss left out: the median of --repeats, of
+as many iterations as it took. The loops take the --rate, of those given, that
+comes there soonest; `rows` the fewest steps of `dual.run`, none included, from
+its own start (`ridge`) or from the leading columns of a random matrix, as the
+loops begin with random bases.
+
+Lines of `alternating` say how many bytes the data, the state and the
+temporaries of a step take by the compiler's count. `peak_bytes` is the most
+that the process had resident, `before_bytes` what it was when the data had been
+made: one algorithm a process.
 """
 
 import argparse
+import functools
 import json
 import os
+import resource
+import sys
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +53,20 @@ THREADS = (
   'NPROC',
   'XLA_FLAGS',
 )
+
+
+class Run(NamedTuple):
+  """What an algorithm did.
+
+  setup_s: before the first iteration. times: wall and processor seconds of
+  each. again: the whole fit once more, compiled; None where it is not timed.
+  """
+
+  setup_s: float
+  times: list[tuple[float, float]]
+  losses: list[float]
+  again: Callable[[], Any] | None
+  more: dict[str, Any]
 
 
 def problem(size: argparse.Namespace) -> clusters_lib.Clusters:
@@ -109,29 +138,62 @@ def predicted(pairs, coefficients, basis) -> np.ndarray:
   return np.stack(found)
 
 
-def loops(clusters, size):
-  """(seconds of the set-up, seconds by iteration, losses, more)."""
+def loops(clusters, size) -> Run:
+  """The run of the best rate: soonest at the target (of equals the last)."""
+  runs: list[Run] = []
+  most = size.iterations
+  for rate in size.rate:
+    runs.append(loops_at(clusters, size, rate, most))
+    if reached(runs[-1], size):
+      most = len(runs[-1].losses)
+
+  def order(run):
+    if reached(run, size):
+      return 0, len(run.losses)
+    return 1, *np.nan_to_num(run.losses[-1:], nan=np.inf)
+
+  return min(reversed(runs), key=order)
+
+
+def reached(run, size) -> bool:
+  return bool(run.losses) and run.losses[-1] <= size.target
+
+
+def loops_at(clusters, size, rate, iterations) -> Run:
   q_ETD, a_ETV = (np.asarray(x) for x in clusters[:2])
   first_RDV = np.asarray(start(size))
+
+  def begin():
+    pairs = list(zip(q_ETD, a_ETV, strict=True))
+    return pairs, gram_schmidt(list(first_RDV))
+
+  def iterate(pairs, basis, index):
+    found, basis = loops_iteration(pairs, basis, rate, size.cosine)
+    return found, gram_schmidt(basis) if index % 10 == 9 else basis
+
   begun = clock()
-  pairs = list(zip(q_ETD, a_ETV, strict=True))
-  basis = gram_schmidt(list(first_RDV))
+  pairs, basis = begin()
   setup = since(begun)[0]
   times, losses = [], []
-  for index in range(size.iterations):
-    begun = clock()
-    before = basis
-    found, basis = loops_iteration(pairs, basis, size.rate, size.cosine)
-    if index % 10 == 9:
-      basis = gram_schmidt(basis)
+  for index in range(iterations):
+    before, begun = basis, clock()
+    found, basis = iterate(pairs, basis, index)
     times.append(since(begun))
     losses.append(loss(size, clusters, predicted(pairs, found, before)))
     if losses[-1] <= size.target:
       break
-  return setup, times, losses, {}
+
+  def again():
+    pairs, basis = begin()
+    for index in range(len(times)):
+      before = basis
+      found, basis = iterate(pairs, basis, index)
+    return found, before
+
+  return Run(setup, times, losses, again, {'rate': rate, 'rates': size.rate})
 
 
-def alternating(clusters, size):
+def alternating(clusters, size) -> Run:
   first_RDV = jax.block_until_ready(start(size))
   begun = clock()
   fit = fit_lib.make(
@@ -139,10 +201,12 @@ def alternating(clusters, size):
     sweeps=1,
     solver=size.solver,
     direct_limit=size.direct_limit,
+    iterations=size.inner,
   )
-  state = jax.jit(fit.init)(clusters, first_RDV)
+  begin = jax.jit(fit.init).lower(clusters, first_RDV).compile()
+  state = begin(clusters, first_RDV)
   step = jax.jit(fit.step).lower(clusters, state).compile()
-  if size.iterations:  # the first call is slower
+  if size.repeats:  # the first call is slower
     jax.block_until_ready(step(clusters, state))
   setup = since(begun)[0]
   times, losses = [], []
@@ -156,22 +220,62 @@ def alternating(clusters, size):
     losses.append(loss(size, clusters, p_ETV))
     if state.tangent <= size.tolerance or losses[-1] <= size.target:
       break
+
+  def again():
+    state = begin(clusters, first_RDV)
+    for _ in times:
+      state, _ = step(clusters, state)
+    return jax.block_until_ready(state)
+
   memory = step.memory_analysis()
   more = {
+    'solver': size.solver,
+    'inner': size.inner,
     'objective': float(state.objective),
     'tangent': float(state.tangent),
     'data_bytes': sum(x.nbytes for x in clusters),
     'state_bytes': sum(x.nbytes for x in jax.tree.leaves(state)),
     'temporary_bytes': memory.temp_size_in_bytes if memory else None,
   }
-  return setup, times, losses, more
+  return Run(setup, times, losses, again, more)
 
 
-def rows(clusters, size):
-  begun = clock()
+def rows(clusters, size) -> Run:
+  """To a target by `dual.run`, whole; else step by step."""
   objective = objective_lib.make(ridge=size.ridge, cosine=size.cosine)
+  span_ER = None
+  if size.start == 'random':
+    span_ER = jax.random.normal(jax.random.key(1), (size.members, size.rank))
+  if not size.target:
+    return rows_steps(clusters, size, objective, span_ER)
+  begun = clock()
+  losses: list[float] = []
+  for steps in range(size.iterations + 1):
+    program = jax.jit(
+      lambda clusters, steps=steps: dual.run(
+        objective, clusters, size.rank, steps=steps, span_ER=span_ER
+      )[:2]
+    )
+    again = functools.partial(program.lower(clusters).compile(), clusters)
+    p_ETV = objective_lib.predict(clusters.q_ETD, *again())
+    losses.append(loss(size, clusters, p_ETV))
+    if losses[-1] <= size.target:
+      break
+  more = {'start': size.start, 'steps': steps}
+  return Run(
+    since(begun)[0],
+    [],
+    losses,
+    lambda: jax.block_until_ready(again()),
+    more,
+  )
+
+
+def rows_steps(clusters, size, objective, span_ER) -> Run:
+  begun = clock()
   table = dual.rows(objective, clusters)
-  span_ER = dual.initial(table, size.members, size.rank, max(size.ridge, 1.0))
+  if span_ER is None:
+    span_ER = dual.initial(table, size.members, size.rank, max(size.ridge, 1.0))
   plain = dual.rows(objective._replace(cosine=0.0), clusters)
   # By the squared error alone first, see `dual.run`.
   warm = size.warm if size.cosine else 0
@@ -184,12 +288,6 @@ def rows(clusters, size):
     jax.block_until_ready(step(of, state))  # the first call is slower
     programs[first] = of, begin, step
   setup = since(begun)[0]
-  # What of it a fit that is compiled already would do again.
-  begun = clock()
-  jax.block_until_ready(
-    dual.initial(dual.rows(objective, clusters), size.members, size.rank, 1.0)
-  )
-  start_s = since(begun)[0]
   times, losses = [], []
   for index in range(size.iterations):
     begun = clock()
@@ -200,14 +298,12 @@ def rows(clusters, size):
     times.append(since(begun))
     p_ETV = state.found.y_NV.reshape(clusters.a_ETV.shape)  # weights are 1
     losses.append(loss(size, clusters, p_ETV))
-    if losses[-1] <= size.target:
-      break
   total = objective_lib.total_weight(clusters)
   more = {
-    'start_s': round(start_s, 4),
+    'start': size.start,
     'objective': float(state.found.objective / total),
   }
-  return setup, times, losses, more
+  return Run(setup, times, losses, None, more)
 
 
 def start(size):
@@ -230,6 +326,12 @@ def since(begun):
   return tuple(b - a for a, b in zip(begun, clock(), strict=True))
 
 
+def peak() -> int:
+  """The most bytes that this process had resident."""
+  most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return most if sys.platform == 'darwin' else 1024 * most
+
+
 def threads() -> dict:
   """Processors that this process may use, and what the environment says."""
   known = getattr(os, 'sched_getaffinity', None)
@@ -250,42 +352,65 @@ def main() -> None:
   parser.add_argument('--rank', type=int, default=8)
   parser.add_argument('--ridge', type=float, default=1e-2)
   parser.add_argument('--cosine', type=float, default=0.0)
-  parser.add_argument('--rate', type=float, default=0.01, help='of the loops')
-  parser.add_argument('--solver', default='auto', help='of alternating')
   parser.add_argument(
-    '--iterations', type=int, default=20, help='0: compiles, for the bytes'
+    '--rate', type=float, nargs='+', default=[0.01], help='of the loops'
   )
+  parser.add_argument('--solver', default='auto', help='of alternating')
+  parser.add_argument('--inner', type=int, default=100, help='iterations of cg')
+  parser.add_argument('--start', default='ridge', choices=('ridge', 'random'))
+  parser.add_argument('--iterations', type=int, default=20)
   parser.add_argument('--warm', type=int, default=20, help='of rows')
   parser.add_argument('--direct_limit', type=int, default=4096)
   parser.add_argument('--tolerance', type=float, default=0.0)
   parser.add_argument('--target', type=float, default=0.0, help='of the loss')
+  parser.add_argument(
+    '--repeats', type=int, default=5, help='0: calls nothing twice'
+  )
   size = parser.parse_args()
   for name in ('members', 'questions', 'width', 'rank'):
     if getattr(size, name) < 1:
       parser.error(f'--{name} must be > 0, got {getattr(size, name)}')
-  clusters = problem(size)
+  clusters = jax.block_until_ready(problem(size))
+  before = peak()
   for name in size.algorithm:
     try:
       clusters_lib.check(clusters, size.rank)
-      setup, times, losses, more = globals()[name](clusters, size)
+      run = globals()[name](clusters, size)
     except UserError as error:
       parser.error(str(error))
-    wall, processor = np.median(np.array(times), 0) if times else (0, 0)
     line = {
       'algorithm': name,
+      'solver': None,
       'members': size.members,
       'questions': size.questions,
       'width': size.width,
       'rank': size.rank,
       'cosine': size.cosine,
       'ridge': None if name == 'loops' else size.ridge,
-      'iterations': len(times),
-      'setup_s': round(setup, 5),
-      'iteration_s': round(float(wall), 5),
-      'iteration_cpu_s': round(float(processor), 5),
-      'iterations_s': round(sum(wall for wall, _ in times), 4),
-      'loss': losses[-1] if losses else None,
-      **more,
+      'target': size.target,
+      'loss': run.losses[-1] if run.losses else None,
+      'setup_s': round(run.setup_s, 5),
+    }
+    if run.times:
+      wall, processor = np.median(np.array(run.times), 0)
+      line |= {
+        'iterations': len(run.times),
+        'iteration_s': round(float(wall), 5),
+        'iteration_cpu_s': round(float(processor), 5),
+        'iterations_s': round(sum(wall for wall, _ in run.times), 4),
+      }
+    if size.target and size.repeats and run.again:
+      times = []
+      for _ in range(size.repeats):
+        begun = clock()
+        run.again()
+        times.append(since(begun))
+      wall, processor = np.median(np.array(times), 0)
+      line |= {'total_s': round(float(wall), 5)}
+      line |= {'total_cpu_s': round(float(processor), 5)}
+    line |= run.more | {
+      'before_bytes': before,
+      'peak_bytes': peak(),
       'device': jax.devices()[0].device_kind,
       'threads': threads(),
     }

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_weights.basis import baselines, dual, lagrangian, solve
 from recursive_weights.basis import clusters as clusters_lib
-from recursive_weights.basis import dual, lagrangian, solve
 from recursive_weights.basis import fit as fit_lib
 from recursive_weights.basis import objective as objective_lib
 from recursive_weights.interfaces import UserError
@@ -122,6 +122,40 @@ def test_with_the_cosine_it_ends_where_autodiff_finds_no_slope(cosine):
   fit = fit_lib.make(objective)
   metrics = fit_lib.run(fit, clusters, fit.init(clusters, start), steps=40)[1]
   assert values_S[-1] < metrics['objective'][-1] * 1.002
+
+
+def test_it_begins_where_it_is_told():
+  clusters, span_ER = problem()
+  objective = which('plain', clusters)
+  c_ER, _, values_S = dual.run(objective, clusters, R, steps=60)
+  # In any coordinates: a fit goes on where one has ended.
+  c_ER = c_ER @ jnp.array([[2.0, 1.0], [0.0, 3.0]])
+  again_S = dual.run(objective, clusters, R, steps=2, span_ER=c_ER)[2]
+  np.testing.assert_allclose(again_S, values_S[-1], rtol=1e-4)
+  # No step at all is the best basis of these coefficients.
+  found = dual.run(objective, clusters, R, steps=0, span_ER=span_ER)
+  value = objective_lib.value(objective, clusters, *found[:2])
+  table = dual.rows(objective, clusters)
+  reached = dual.reduced(table, span_ER).objective
+  total = objective_lib.total_weight(clusters)
+  np.testing.assert_allclose(value, reached / total, rtol=1e-4)
+  assert values_S[-1] < value
+  with pytest.raises(
+    UserError, match=r'span_ER must be \(9, 2\), got \(2, 2\)'
+  ):
+    dual.run(objective, clusters, R, span_ER=c_ER[:2])
+
+
+def test_the_start_is_that_of_the_members_own_solutions():
+  clusters, _ = problem()
+  table = dual.rows(which('plain', clusters), clusters)
+  w_EDV = baselines.independent(clusters, ridge=0.7)
+  gram_EE = jnp.einsum('edv,fdv->ef', w_EDV, w_EDV)
+  expected_ER = np.linalg.eigh(np.float64(gram_EE))[1][:, ::-1][:, :R]
+  found_ER = dual.initial(table, E, R, 0.7)
+  np.testing.assert_allclose(
+    found_ER @ found_ER.T, expected_ER @ expected_ER.T, atol=1e-4
+  )
 
 
 def test_padding_changes_nothing():

@@ -162,15 +162,18 @@ def test_the_comparison_has_a_row_for_each_method():
   ridge = rows[1]
   own = 12 * 6 * 6 + 12 * 6 * ridge['rule'].startswith('routed')
   assert ridge['parameters'] == own and f'| ridge | {own:,} |' in text
+  assert 0 <= max(basis['tangent/by_seed']) < 0.1
+  assert len(basis['tangent/by_seed']) == 2 and 'tangent/by_seed' not in ridge
   # A set without validation questions takes another's settings.
   bare = task | {'validation_questions': 0}
   with pytest.raises(UserError, match='no validation questions'):
     command.compare(bare, 2, 1, ['ridge'], {})
   again = command.compare(bare, 2, 1, ['ridge'], {'ridge': rows[1]})
   assert again[0]['settings'] == rows[1]['settings']
-  # One with them chooses by its own.
+  # And so does one with them that is told to.
   poor = rows[1] | {'settings': {'base': 'zero', 'ridge': 1e6}}
-  own = command.compare(task, 2, 1, ['ridge'], {'ridge': poor})
-  assert own[0]['settings'] == rows[1]['settings']
+  found = command.compare(task, 2, 1, ['ridge', 'identity'], {'ridge': poor})
+  assert found[0]['settings'] == poor['settings']
+  assert found[1]['settings'] == {}
   with pytest.raises(UserError, match='methods has no magic'):
     command.compare(task, 2, 1, ['magic'], {})

@@ -8,17 +8,23 @@ training. The model is that of `hybrid_lm`, smaller.
 
 Half of the codes have sixteen digits. Held-out codes of five by characters of
 filler, trained up to 32, half of them at a text's beginning and half in its
-middle (seed 0, 2,000 steps, 6 to 15 minutes of a CPU core;
+middle (2,000 steps, 6 to 15 minutes of a CPU core;
 `benchmarks/results/recall.json`; chance 1e-5, untrained 0):
 
-  distance   parameters    4     16    32    64    128   256
-  hybrid        184,538   .98   .98  1.00  1.00   .86   .41
-  rwkv6         148,032   .97  1.00   .99   .96   .39   .00
-  mamba2         76,248   .80   .94  1.00   .85   .47   .03
+  distance   parameters  seed   4     16    32    64    128   256
+  hybrid        184,538    0   .98   .98  1.00  1.00   .86   .41
+                           1   .40   .92   .98  1.00   .86   .24
+  rwkv6         148,032    0   .97  1.00   .99   .96   .39   .00
+                           1  1.00  1.00  1.00  1.00   .71   .11
+                           2  1.00  1.00  1.00  1.00   .91   .40
+  mamba2         76,248    0   .80   .94  1.00   .85   .47   .03
+                           1   .95  1.00  1.00   .88   .41   .01
+                           2   .98   .98  1.00   .96   .55   .41
 
-So both halves together remember further than each alone, at equal width, not at
-equal size. Codes that stand at the very beginning are recalled further: by the
-hybrid 1.00 at 128 and .81 at 256, in the middle .72 and .02. Each is at the
+So seeds differ more than models do, and RWKV-6 alone may remember as far as
+both halves together (at equal width, not at equal size); Mamba-2 is behind at
+128. Codes that stand at the very beginning are recalled further: by the hybrid
+(seed 0) 1.00 at 128 and .81 at 256, in the middle .72 and .02. Each is at the
 better of two learning rates: at 4e-3 the hybrid and RWKV-6 stay at chance for
 1,500 steps, at 1e-3 Mamba-2 recalls .13 at 32. With codes of five alone the
 hybrid was at chance after 400 steps (one run at 4e-3 that is not recorded).

@@ -54,7 +54,7 @@ def make(
       SPLIT/margin_low               lower end of its 95 % interval
       SPLIT/least_margin             smallest over domains, in its standard
                                      errors over passages
-      SPLIT/centre_loss              operators as they began, the mean of copies
+      SPLIT/centre_loss[/D]          operators as they began, the mean of copies
       router/top@K, router/METHOD@K  share of passages whose domain is named
       router/loss                    second halves, by the member that is chosen
       router/own_loss                the same by the domain's own member
@@ -114,7 +114,12 @@ def make(
       if 'centres' in params:
         mean = jax.tree.map(lambda x: x.mean(0)[None], params['centres'])
         centre = centre | {'centres': mean}
-      result[f'{split}/centre_loss'] = float(losses(centre).mean())
+      loss_D = losses(centre)[0].mean((1, 2))
+      result[f'{split}/centre_loss'] = float(loss_D.mean())
+      result |= {
+        f'{split}/centre_loss/{name}': float(loss)
+        for name, loss in zip(names, loss_D, strict=True)
+      }
     result |= _routed(loss_EDPR, length, top_k)
     result |= _by_centroids(text, told, passage, top_k)
     members = {k: x for k, x in params.items() if k in specialists.BY_MEMBER}

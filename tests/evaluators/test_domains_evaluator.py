@@ -98,6 +98,37 @@ def test_the_matrix_and_routing_are_those_of_loops(task, tmp_path):
   assert found['parameters/member'] == task.spec.classes
 
 
+def test_the_centre_is_judged_without_its_members(task):
+  table_EV = counted(task)['members']['table']
+
+  def init(key, inputs):
+    del key, inputs
+    return {'centre': {'base': table_EV[0]}, 'members': {'table': 0 * table_EV}}
+
+  def apply(params, carry, inputs, *, key=None, train=False):
+    table_BV = params['members']['table'][inputs['domain']]
+    logits_BV = params['centre']['base'][None] + table_BV
+    return {'logits': jnp.tile(logits_BV[None, :, None], (1, 1, T, 1))}, carry
+
+  model = Model(init, lambda params, size: {}, apply)
+  params = init(None, None)
+  params['members'] = {'table': table_EV - table_EV[:1]}
+  options = {'batch_size': 7, 'top_k': (1,), 'known': 300}
+  found = domains.make(model, task, LAST, **options)(params, jax.random.key(0))
+  alone = {'members': {'table': jnp.tile(table_EV[:1], (E, 1))}}
+  centre = evaluate(task, alone)
+  for name in NAMES:
+    np.testing.assert_allclose(
+      found[f'test/centre_loss/{name}'], centre[f'test/loss/{name}'], rtol=1e-5
+    )
+  np.testing.assert_allclose(
+    found['test/centre_loss'], centre['test/loss'], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    found['test/loss'], evaluate(task, counted(task))['test/loss'], rtol=1e-5
+  )
+
+
 def test_members_that_know_their_domain_are_told_from_those_that_do_not(task):
   good = evaluate(task, counted(task))
   assert good['test/margin_low'] > 0.1 and good['test/least_margin'] > 3

@@ -9,7 +9,7 @@ the best mean reciprocal rank on the validation questions of the first seed;
 test questions are judged once. Seeds choose which questions train. Writes
 `table.json` and `table.md`; rows that are there are not measured again, and
 `asked.json` says of which task, methods and seeds they are. With `--settings`
-nothing is chosen: a method takes what its row of another table has. Rows of the
+a method takes what its row of another table has, if there is one. Rows of the
 basis say how stationary their fits are, seed by seed (`basis.lagrangian`).
 """
 

@@ -133,8 +133,8 @@ def graph_laplacian(
     (M_i(n)i(m) q_n · q_m + I) z = a,
 
   which is never formed: conjugate gradients to a residual of 1e-6 of the
-  answers, each time through the W_i, in `E T D V + E² D V`; memory
-  `E T (T + D + V) + E D V + E²`. The system without coupling, one of T
+  answers, or 1,000 of them, each time through the W_i, in `E T D V + E² D V`;
+  memory `E T (T + D + V) + E D V + E²`. The system without coupling, one of T
   questions a member, is the preconditioner. A member without questions gets
   what its neighbours have.
 

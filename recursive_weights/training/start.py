@@ -1,6 +1,5 @@
 """Where a run starts from: the one place that decides."""
 
-import logging
 import pathlib
 
 import jax
@@ -9,8 +8,6 @@ from recursive_weights.interfaces import UserError
 from recursive_weights.io import pretrained
 from recursive_weights.training import checkpoints
 from recursive_weights.training.state import State
-
-_log = logging.getLogger(__name__)
 
 
 def start(
@@ -61,11 +58,9 @@ def _parameters(source, abstract):
     return jax.device_put(pretrained.read(source, abstract), shardings), source
   known = ', '.join(pretrained.names())
   _exists('init_from', source, f', nor one of the weights {known}')
-  try:
-    items, folder = checkpoints.load(source, {'ema': abstract})
-  except UserError:
-    _log.info('init_from: %s holds no usable EMA', source)
-    items, folder = checkpoints.load(source, {'params': abstract})
+  average = checkpoints.read_config(source)['training']['ema_decay'] > 0
+  item = 'ema' if average else 'params'
+  items, folder = checkpoints.load(source, {item: abstract})
   (params,) = items.values()
   return params, folder
 

@@ -101,9 +101,8 @@ for `rwkv6`, 74 for `attention`, 285 for `mamba2`, with older kernels. All in
       --path=TEXT
 
 and, with `--config.optimizer.learning_rate=8e-3`, the other tiers (all by a
-copy of this config without gates and checkpoints on the way; members of the
-diagnosis with --config.training.steps=200, which is of each of their two runs,
-and fusions with one seed).
+copy of this config without gates and checkpoints on the way; fusions with one
+seed).
 
 Gate G2 warns of the baseline and fails the pure models: untrained they repeat
 the token they have read, as a tied head of width 256 sees an input of size .02
@@ -143,7 +142,7 @@ TIERS = {
   ),
 }
 MEMBERS = tuple(dict.fromkeys(name for tier in TIERS.values() for name in tier))
-# Members that go on from the weights of another one.
+# Members that go on from the weights of another one, half of the steps each.
 AFTER = {
   'restart': 'half',
   'time_first': 'time_alone',
@@ -268,8 +267,6 @@ def _member(config, member):
     del groups['recurrent']
   if member in ('time_alone', 'ssm_alone'):
     _rest(config, 'ssm' if member == 'time_alone' else 'time')
-  if member in (*AFTER, *AFTER.values()):  # halves of the same steps
-    config.training.steps //= 2
 
 
 def _groups(config):

@@ -96,6 +96,8 @@ def build(module, member: str, overrides: list[str], workdir='', **fields):
   data = module.get_config(','.join([member, *size]))
   data.num_seeds, data.task.path = given.num_seeds, path
   data = command.override(data, overrides)
+  if member in module.AFTER or member in module.AFTER.values():
+    data.training.steps //= 2  # of the two runs together
   data.update_from_flattened_dict(fields)
   return build.build(config.to_data(data), str(workdir))
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -50,7 +51,7 @@ CHANGES = {
   'long_warmup': {'optimizer.schedule.warmup_steps'},
   'rwkv6': {'model.pattern', 'model.anchors'},
   'gf_mh': {'model.fusion'},
-  'restart': {'training.steps'},
+  'restart': set(),
 }
 
 
@@ -81,6 +82,15 @@ def test_a_resting_half_does_not_move(name, half):
   assert data['optimizer']['groups']['resting']['frozen']
   for path, label in paths.items():
     assert (label == 'resting') == path.startswith(f'hybrid/{half}/'), path
+
+
+def test_two_runs_share_the_steps_that_are_asked_for(monkeypatch):
+  given = {'variant': 'smoke', 'num_seeds': 1, 'path': '', 'second_path': ''}
+  monkeypatch.setattr(matrix.flags, 'FLAGS', types.SimpleNamespace(**given))
+  for member in ('baseline', 'restart', 'half', 'ssm_first', 'ssm_alone'):
+    built = matrix.build(hybrid_matrix, member, ['--config.training.steps=12'])
+    steps = built.config['training']['steps']
+    assert steps == (12 if member == 'baseline' else 6), member
 
 
 def test_apart_by_hand():

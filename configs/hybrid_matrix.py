@@ -108,9 +108,12 @@ Gate G2 warns of the baseline and fails the pure models: untrained they repeat
 the token they have read, as a tied head of width 256 sees an input of size .02
 D = 5 for it (entropy .4 to .6 of its largest).
 
-`small`, seed 0, the rate not tuned, 600 steps, ten minutes of a shared CPU core
-each: validation 1.630 for the baseline (513,558 parameters), 1.748 for `rwkv6`
-(535,968) (`benchmarks/results/hybrid_matrix_small.jsonl`).
+`small`, the rate not tuned, 600 steps: three seeds of the baseline (513,558
+parameters) 1.657 +- .050, of `groups_1` (541,206) 1.671 +- .062, +.014 (.029),
+of `groups_4` 1.679 +- .038, +.023 (.033): StateNorm is worse in every seed, by
+less than what would be more than chance; 12, 23 and 24 minutes of a CPU core.
+Seed 0 of `rwkv6` (535,968) 1.748, where the baseline's is 1.630
+(`benchmarks/results/hybrid_matrix_small.jsonl`).
 
 Sizes: `small` (half a million parameters, for a CPU: 600 steps of 16 x 64) and
 `smoke` (about a minute, to compile). On a CPU three seeds in one program take

@@ -199,20 +199,21 @@ class Slots(NamedTuple):
     all of them halted. The arguments tell shapes: a batch, a model's carry and
     the metrics of rows by name, `[B]`. Every leaf has the batch first; slots
     live in the training state's `carry`, so checkpoints hold them.
-  explore: `(key, size) -> least_B`: how many steps an example must take.
-  refill: `(slots, batch, fresh_carry, least_B, step) -> slots`: halted slots
-    take the new example offered in `batch` and a fresh carry; the others keep
-    both. The rows to train on are `slots['batch']`, with `slots['carry']`.
-  advance: `(slots, carry, halt_B, metrics) -> slots`: after the forward pass,
-    with the model's new carry, its halting logits and the metrics of rows.
+  refill: `(slots, batch, fresh_carry, step) -> slots`: halted slots take the
+    new example offered in `batch` and a fresh carry; the others keep both. The
+    rows to train on are `slots['batch']`, with `slots['carry']`.
+  explore: `(key, size) -> least_B`: steps before which a row may not halt now.
+  advance: `(slots, carry, halt_B, least_B, metrics) -> slots`: after the
+    forward pass, with the model's new carry, its halting logits, what `explore`
+    drew and the metrics of rows.
   report: `slots -> {name: value_B, ...}, weight_B`: the metrics of each slot's
     latest finished example, of weight 0 where it has finished none yet.
   """
 
   start: Callable[[Batch, Tree, Metrics], Tree]
+  refill: Callable[[Tree, Batch, Tree, Array], Tree]
   explore: Callable[[Array, int], Array]
-  refill: Callable[[Tree, Batch, Tree, Array, Array], Tree]
-  advance: Callable[[Tree, Tree, Array, Metrics], Tree]
+  advance: Callable[[Tree, Tree, Array, Array, Metrics], Tree]
   report: Callable[[Tree], tuple[Metrics, Array]]
 
 

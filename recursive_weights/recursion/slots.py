@@ -23,12 +23,14 @@ def make(
 ) -> Slots:
   """Slots that halt at `halt > 0` or after `steps`, whichever is first.
 
-  With probability `explore` an example draws m ~ U{2, ..., steps} when it
-  enters, and cannot halt before its step m.
+  At every training step a row draws m ~ U{2, ..., steps} with probability
+  `explore`, and does not halt then before its step m. The published code draws
+  at every step too; one draw for an example would hold that share of them for
+  half of `steps`.
 
   Args:
     steps: largest number of recursion steps of an example.
-    explore: probability of a least number of steps.
+    explore: probability of a least number of steps, of a row and step.
     empty_every: every so many training steps all slots are emptied, whatever
       they hold, so that a checkpoint of such a step needs none of them; 0 for
       never.
@@ -52,7 +54,6 @@ def make(
       'batch': zeros[0],
       'carry': zeros[1],
       'steps': jnp.zeros([size], jnp.int32),
-      'least': jnp.zeros([size], jnp.int32),
       'halted': jnp.ones([size], bool),
       'finished': {
         'metrics': zeros[2],
@@ -61,13 +62,7 @@ def make(
       },
     }
 
-  def draw(key, size):
-    which, number = jax.random.split(key)
-    least_B = jax.random.randint(number, [size], min(2, steps), steps + 1)
-    explores_B = jax.random.bernoulli(which, explore, [size])
-    return jnp.where(explores_B, least_B, 0)
-
-  def refill(slots, batch, fresh_carry, least_B, step):
+  def refill(slots, batch, fresh_carry, step):
     halted_B = slots['halted']
     finished = slots['finished']
     if empty_every:
@@ -76,7 +71,7 @@ def make(
       finished = jax.tree.map(
         lambda x: jnp.where(empty, jnp.zeros_like(x), x), finished
       )
-    new = {'batch': batch, 'carry': fresh_carry, 'least': least_B}
+    new = {'batch': batch, 'carry': fresh_carry}
     old = {name: slots[name] for name in new}
     kept = jax.tree.map(lambda a, b: _rows(halted_B, a, b), new, old)
     return (
@@ -89,9 +84,15 @@ def make(
       }
     )
 
-  def advance(slots, carry, halt_B, metrics):
+  def explored(key, size):
+    which, number = jax.random.split(key)
+    least_B = jax.random.randint(number, [size], min(2, steps), steps + 1)
+    explores_B = jax.random.bernoulli(which, explore, [size])
+    return jnp.where(explores_B, least_B, 0)
+
+  def advance(slots, carry, halt_B, least_B, metrics):
     steps_B = slots['steps'] + 1
-    halted_B = (halt_B > 0) & (steps_B >= slots['least'])
+    halted_B = (halt_B > 0) & (steps_B >= least_B)
     halted_B = halted_B | (steps_B >= steps)
     now = {
       'metrics': metrics,
@@ -114,7 +115,7 @@ def make(
     metrics = finished['metrics'] | {'steps': steps_B.astype(jnp.float32)}
     return metrics, weight_B
 
-  return Slots(start, draw, refill, advance, report)
+  return Slots(start, refill, explored, advance, report)
 
 
 def _rows(which_B, new, old):

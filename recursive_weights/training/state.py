@@ -188,17 +188,13 @@ def make_step(
     metrics = jax.tree.map(lambda m: m.mean(0), metrics)
     return grads, (metrics, jax.tree.map(join, by_row))
 
-  def refilled(state, batch, key):
-    """The slots to train on. `key` is the same on every device."""
-    size = batch['weight'].shape[0]
+  def explored(key, size):
+    """Of this device's rows. `key` is the same on every device."""
     if axis is None:
-      least_B = slots.explore(key, size)
-    else:
-      least_B = slots.explore(key, size * jax.lax.axis_size(axis))
-      index = jax.lax.axis_index(axis)
-      least_B = jax.lax.dynamic_slice_in_dim(least_B, index * size, size)
-    fresh = model.carry(state.params, size)
-    return slots.refill(state.carry, batch, fresh, least_B, state.step)
+      return slots.explore(key, size)
+    least_B = slots.explore(key, size * jax.lax.axis_size(axis))
+    index = jax.lax.axis_index(axis)
+    return jax.lax.dynamic_slice_in_dim(least_B, index * size, size)
 
   def step(state, batch):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -217,19 +213,24 @@ def make_step(
         lambda x: jax.lax.dynamic_slice_in_dim(x, index * rows, rows), whole
       )
       model_key = jax.random.fold_in(model_key, index)
+    size = batch['weight'].shape[0]
     held = {}
     if slots is not None:
-      held = refilled(state, batch, slots_key)
+      fresh = model.carry(state.params, size)
+      held = slots.refill(state.carry, batch, fresh, state.step)
       batch, carry = held['batch'], held['carry']
     elif keep_carry:
       carry = state.carry
     else:
-      carry = model.carry(state.params, batch['weight'].shape[0])
+      carry = model.carry(state.params, size)
     grads, (metrics, (carry, judged)) = accumulated(
       state.params, carry, batch, model_key
     )
     if slots is not None:
-      carry = slots.advance(held, carry, judged['halt'], judged['metrics'])
+      least_B = explored(slots_key, size)
+      carry = slots.advance(
+        held, carry, judged['halt'], least_B, judged['metrics']
+      )
       metrics = metrics | {'halted': carry['halted'].mean()}
     if axis is not None:
       grads, metrics = jax.lax.pmean((grads, metrics), axis)

@@ -32,9 +32,7 @@ def run(slots, halts, least):
   found = []
   for step, batch in enumerate(data):
     batch = jax.tree.map(jnp.asarray, batch)
-    state = slots.refill(
-      state, batch, fresh, jnp.asarray(least[step]), jnp.int32(step)
-    )
+    state = slots.refill(state, batch, fresh, jnp.int32(step))
     chex.assert_tree_shape_prefix(state, (ROWS,))
     found.append(
       {
@@ -44,7 +42,8 @@ def run(slots, halts, least):
     )
     carry = {'z': state['carry']['z'] + 1}
     right = {'right': jnp.full([ROWS], float(step))}
-    state = slots.advance(state, carry, jnp.asarray(halts[step]), right)
+    drawn = (jnp.asarray(halts[step]), jnp.asarray(least[step]))
+    state = slots.advance(state, carry, *drawn, right)
     metrics, weight = slots.report(state)
     found[-1] |= {
       'halted': np.asarray(state['halted']),
@@ -70,12 +69,13 @@ def test_slots_are_a_loop_over_rows(empty_every):
       if empty_every and step % empty_every == 0:
         held, last = None, (0.0, 0, 0.0)
       if held is None:
-        held, count = (data[step]['inputs'][b], least[step, b]), 0
+        held, count = data[step]['inputs'][b], 0
       seen = found[step]
-      np.testing.assert_array_equal(seen['inputs'][b], held[0])
+      np.testing.assert_array_equal(seen['inputs'][b], held)
       np.testing.assert_array_equal(seen['z'][b], count - 1)
       count += 1
-      halted = count == MOST or (halts[step, b] > 0 and count >= held[1])
+      may = count >= least[step, b]
+      halted = count == MOST or (halts[step, b] > 0 and may)
       assert seen['halted'][b] == halted
       if halted:
         early += count < MOST

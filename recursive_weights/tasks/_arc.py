@@ -65,12 +65,28 @@ def from_file(path: str) -> dict[str, Any]:
   """Tasks by name, from one JSON file in the public format.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: it cannot be read, or is no such file (it names the task).
   """
   try:
-    return json.loads(pathlib.Path(path).read_text())
-  except (OSError, json.JSONDecodeError) as error:
+    tasks = json.loads(pathlib.Path(path).read_text())
+  except (OSError, ValueError) as error:
     raise UserError(f'cannot read {path}: {error}') from error
+  if not isinstance(tasks, dict):
+    raise UserError(f'{path} must hold an object of ARC tasks by name')
+  for name, task in tasks.items():
+    for kind in ('train', 'test'):
+      pairs = task.get(kind) if isinstance(task, dict) else None
+      if not isinstance(pairs, list) or not pairs:
+        raise UserError(
+          f'{path}: ARC task {name} must have a list of pairs {kind!r}, not '
+          'empty'
+        )
+      if not all(isinstance(pair, dict) for pair in pairs):
+        raise UserError(
+          f'{path}: ARC task {name}: each pair of {kind!r} must be an object '
+          'with input and output'
+        )
+  return tasks
 
 
 def pairs(tasks: dict[str, Any], canvas: int) -> Pairs:

@@ -280,6 +280,14 @@ def spoil(sets, kind):
     evaluation['00000003'] = training['00000003']
   elif kind == 'name':
     training['puzzle'] = training.pop('00000003')
+  elif kind == 'no test':
+    del training['00000003']['test']
+  elif kind == 'no demonstration':
+    evaluation['e0000001']['train'] = []
+  elif kind == 'no pair':
+    training['00000003']['train'][1] = [[[1]], [[2]]]
+  elif kind == 'list':
+    training = list(training.values())
   return training, evaluation
 
 
@@ -296,6 +304,10 @@ def spoil(sets, kind):
     ('missing', 'task 00000003, train output 1 must be rows of .* got None'),
     ('twice', 'training or evaluation, got 00000003 for both'),
     ('name', "eight hexadecimal digits, got 'puzzle'"),
+    ('no test', "task 00000003 must have a list of pairs 'test'"),
+    ('no demonstration', "task e0000001 must have a list of pairs 'train'"),
+    ('no pair', "task 00000003: each pair of 'train' must be an object"),
+    ('list', 'must hold an object of ARC tasks by name'),
   ],
 )
 def test_bad_tasks_are_named(tmp_path, sets, kind, message):

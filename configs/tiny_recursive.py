@@ -14,6 +14,7 @@ from recursive_weights.interfaces import UserError
 GRID = {
   'T1n2': (1, 2),
   'T2n2': (2, 2),
+  'T2n3': (2, 3),
   'T2n4': (2, 4),
   'T4n8': (4, 8),
   'T6n6': (6, 6),
@@ -24,7 +25,7 @@ GRID = {
 
 CONTROLS = (
   *GRID,
-  'layers4',  # 4 blocks and half as large an n: about as many a step
+  'layers4',  # 4 blocks and half as large an n: of n 2 as many a step as T2n3
   'single_state',  # the thought is the answer
   'one_step_gradient',  # through the last update of each state alone
   'no_ema',
@@ -86,8 +87,14 @@ def recipe(config: ml_collections.ConfigDict) -> None:
     'accuracy': {'splits': ('validation', 'test')},
     'depth_sweep': {'splits': ('test',), 'steps': (1, 2, 4, 8, 16, 32, 64)},
     'halting': {'splits': ('test',)},
-    'restarts': {'splits': ('test',), 'counts': (1, 4, 16), 'noise': 0.3},
-    'pictures': {'split': 'test', 'examples': 3},
+    'restarts': {
+      'splits': ('test',),
+      'counts': (1, 4, 16),
+      'noise': 0.3,
+      'steps': 16,
+      'select': 'halt',
+    },
+    'pictures': {'split': 'test', 'examples': 3, 'steps': 64},
   }
 
 
@@ -120,6 +127,19 @@ def depart(config: ml_collections.ConfigDict, chosen: set[str]) -> None:
     for name in ('depth_sweep', 'halting', 'restarts'):
       if name in config.evaluators.after:
         del config.evaluators.after[name]
+
+
+def leave_early(config: ml_collections.ConfigDict) -> None:
+  """Measures what leaving early saves, and nothing else."""
+  if config.model.steps == 1:
+    raise UserError('exit needs a recursion: leave out flat and deep')
+  config.evaluators.after = {
+    'early_exit': {
+      'splits': ('test',),
+      'metric': 'puzzle_accuracy',
+      'rule': 'last',
+    },
+  }
 
 
 def kaggle(config: ml_collections.ConfigDict) -> None:

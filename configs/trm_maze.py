@@ -30,8 +30,8 @@ NOT TRAINED YET: `published`. `puzzle_accuracy` is equality with the label,
 several are shortest.
 
 Variants, joined by commas: `published`; `kaggle` (published in float32, 16 GB,
-saves and leaves after 11.5 hours); `mixer`; the controls of
-configs/tiny_recursive.py; `smoke`.
+saves and leaves after 11.5 hours); `mixer`; `exit` (measures what leaving early
+saves, and nothing else); the controls of configs/tiny_recursive.py; `smoke`.
 """
 
 from configs import tiny_recursive
@@ -42,6 +42,7 @@ VARIANTS = (
   'mixer',
   'kaggle',
   *tiny_recursive.CONTROLS,
+  'exit',
   'smoke',
 )
 
@@ -99,4 +100,6 @@ def get_config(variant=None):
   if 'smoke' in chosen:
     tiny_recursive.smoke(config)
     config.task.update(size=10, train_size=32, eval_size=8)
+  if 'exit' in chosen:
+    tiny_recursive.leave_early(config)
   return config

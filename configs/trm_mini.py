@@ -119,7 +119,6 @@ configs/tiny_recursive.py: `flat`, `single_state`, ...
 
 from configs import tiny_recursive
 from recursive_weights import config as config_lib
-from recursive_weights.interfaces import UserError
 
 VARIANTS = (
   *('smoke', 'six', 'nine', 'attention', 'symmetric', 'deep'),
@@ -213,8 +212,6 @@ def get_config(variant=None):
     chosen = chosen | {'flat'}
   tiny_recursive.depart(config, chosen)
   if chosen & {'flat', 'flat_deep'}:
-    if 'exit' in chosen:
-      raise UserError('exit needs a recursion: leave out flat and deep')
     config.evaluators.after = {'accuracy': {'splits': ('validation', 'test')}}
   if 'smoke' in chosen:
     config.task.update(train_size=64, eval_size=16)
@@ -229,11 +226,5 @@ def get_config(variant=None):
     config.optimizer.schedule.warmup_steps = 2
     config.evaluators.after = {'accuracy': {'splits': ('validation', 'test')}}
   if 'exit' in chosen:
-    config.evaluators.after = {
-      'early_exit': {
-        'splits': ('test',),
-        'metric': 'puzzle_accuracy',
-        'rule': 'last',
-      },
-    }
+    tiny_recursive.leave_early(config)
   return config

@@ -134,7 +134,8 @@ Variants, joined by commas:
   slices                Adam's moments in bfloat16, slots emptied
   kaggle                float32, 16 GB, saves and leaves after 11.5 hours
   no_digits             digits are not renamed (the symmetric cell cannot tell)
-  layers4 (n 3), T1n2, T2n2, T2n4, T4n8, T6n6, single_state,
+  exit                  measures what leaving early saves, and nothing else
+  layers4 (n 3), T1n2, T2n2, T2n3, T2n4, T4n8, T6n6, single_state,
   one_step_gradient, no_ema, no_turnover, flat, flat_deep
                         see configs/tiny_recursive.py
   smoke
@@ -163,6 +164,7 @@ VARIANTS = (
   'kaggle',
   'no_digits',
   *tiny_recursive.CONTROLS,
+  'exit',
   'smoke',
 )
 
@@ -206,6 +208,8 @@ def get_config(variant=None):
     config.optimizer.moments = 'bfloat16'
     config.training.slots.empty_every = 500
     config.checkpoint.update(every=500, keep=1)
+    if config.model.cell != 'symmetric':
+      config.checkpoint.best = ''  # a second state is more than 60 MiB
   if 'kaggle' in chosen:
     rows = min(config.training.batch_size, 384)
     tiny_recursive.kaggle(config)
@@ -219,6 +223,8 @@ def get_config(variant=None):
     config.training.slots.empty_every = min(
       config.training.slots.empty_every, 4
     )
+  if 'exit' in chosen:
+    tiny_recursive.leave_early(config)
   return config
 
 

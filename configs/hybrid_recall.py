@@ -43,10 +43,14 @@ Variants, joined by commas: `smoke` (seconds), and
   stories  `tracking` (who has which thing), `both`; codes alone without
   text     `mixed`: half of the rows are Python's language reference, so that
            one model recalls and writes
+  watch    `plateau`: rules cut the learning rate and stop the run, also where
+           what is recalled over 16 characters falls while the loss does; it is
+           measured at every evaluation, in all variants
 """
 
 from configs import hybrid_lm
 from recursive_weights import config as config_lib
+from recursive_weights.training import stopping
 
 PATTERNS = ('rwkv6', 'mamba2', 'attention')
 # What else a state does; compiling them takes longer than a smoke run.
@@ -68,7 +72,7 @@ PROBES = {
   'state_jitter': {'length': 128, 'copies': 2, 'count': 64, 'control': True},
   'identity': {'copies': 4, 'count': 64, 'noise': 200, 'control': True},
 }
-VARIANTS = ('smoke', *PATTERNS, 'tracking', 'both', 'mixed')
+VARIANTS = ('smoke', *PATTERNS, 'tracking', 'both', 'mixed', 'plateau')
 
 
 def get_config(variant=None):
@@ -117,10 +121,24 @@ def get_config(variant=None):
       'control': True,
     },
   }
+  probe = config.evaluators.after.recall.to_dict() | {
+    'distances': (16,),
+    'depths': (0.0,),
+    'control': False,
+  }
   if 'smoke' in chosen:
     _smoke(config)
+    probe.update(distances=(4,), examples=4)
   else:
     config.evaluators.after.update(PROBES)
+  if 'plateau' in chosen:
+    kind, distance = config.task.kinds[0], probe['distances'][0]
+    config.early_stopping.rules = stopping.defaults() | {
+      'probe': f'recall/{kind}@{distance}'
+    }
+    config.training.evaluate_every = min(config.training.evaluate_every, 100)
+  if 'plateau' in chosen or 'smoke' not in chosen:
+    config.evaluators.during.recall = probe
   return config
 
 

@@ -12,7 +12,8 @@ one seed for `--screen_steps`, in one program too, and takes the one with the
 best validation loss.
 Every run has its folder in the workdir, and the same command goes on where it
 stopped; members of earlier tiers are read, not trained again, and stand in the
-table too. Writes `table.md`, `table.json` and `plots/curves.png`.
+table too. Writes `table.md` (with what each member wrote), `table.json` and
+`plots/curves.png`.
 """
 
 import json
@@ -39,6 +40,7 @@ PURE = ('rwkv6', 'mamba2', 'attention')
 SHARES = re.compile(r'gates/gradient_share/(?!.*/(?:std|seed\d+)$)')
 GATES = re.compile(r'gates/(G[\d.]+)(?:/seed\d+)?')
 FAIL = 2
+SAMPLE = 200  # characters of what a member wrote that are shown
 
 
 def main(overrides):
@@ -76,7 +78,10 @@ def main(overrides):
   decisions = [d for d in decisions if d]
   verdict = scale(found, decisions, module.QUESTIONS)
   text = '\n'.join(
-    [table(found), answers(decisions), diagnosis(found), report(verdict), '']
+    [
+      *(table(found), answers(decisions), diagnosis(found), report(verdict)),
+      *('', samples(found)),
+    ]
   )
   (folder / 'table.md').write_text(text)
   whole = {'members': rows, 'decisions': decisions, 'scale': verdict}
@@ -175,8 +180,10 @@ def run(module, member: str, workdir: pathlib.Path, overrides, fields) -> None:
 def measure(member: str, workdir: pathlib.Path) -> dict[str, Any]:
   """What a finished run came to, by seed where there are several.
 
-  `best` and `last` are validation losses in training, `results` what the final
-  evaluators found, `tokens_per_second` of all seeds together the median.
+  `best` and `last` are validation losses in training, `gates_failed` the gates
+  that failed by step, `results` what the final evaluators found, `sample` the
+  beginning of what it wrote, `tokens_per_second` of all seeds together the
+  median.
   """
   from recursive_weights.evaluators import compression
   from recursive_weights.training import checkpoints, metrics
@@ -190,6 +197,9 @@ def measure(member: str, workdir: pathlib.Path) -> dict[str, Any]:
     x['time/steps_per_second'] for x in history if 'time/steps_per_second' in x
   ]
   train, seeds = data['training'], data['num_seeds']
+  results = json_files.read(workdir / 'results.json')
+  written = workdir / 'samples.txt'
+  judged = [x for x in history if any(map(GATES.fullmatch, x))]
   tokens = seeds * train['batch_size'] * data['task']['length']
   return {
     'member': member,
@@ -201,8 +211,21 @@ def measure(member: str, workdir: pathlib.Path) -> dict[str, Any]:
     'last': curve_EN[:, -1].tolist(),
     'tokens_per_second': float(np.median(rates)) * tokens,
     'data': data['data_hash'],
-    'results': json_files.read(workdir / 'results.json'),
+    'gates_failed': {x['step']: failed(x) for x in judged},
+    'sample': written.read_text('utf-8')[:SAMPLE] if written.exists() else '',
+    'results': results,
   }
+
+
+def failed(values: dict[str, Any]) -> list[str]:
+  """Gates that failed, of any seed."""
+  return sorted(
+    {
+      found[1]
+      for key, value in values.items()
+      if value == FAIL and (found := GATES.fullmatch(key))
+    }
+  )
 
 
 def parameters(data: dict[str, Any]) -> int:
@@ -322,10 +345,14 @@ def scale(found, decisions, questions) -> dict[str, Any]:
 
 
 def table(rows) -> str:
-  """Members as a Markdown table."""
+  """Members as a Markdown table.
+
+  'gradients' is the least component's gradient norm over the largest one's;
+  gates that failed stand by step, then those of the final evaluation.
+  """
   head = ['member', 'parameters', 'rate', 'seeds', 'best validation']
   head += ['against the baseline', 'last validation', 'test perplexity']
-  head += ['tokens/s', 'gates failed']
+  head += ['tokens/s', 'gradients', 'gates failed']
   lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
   for name, row in rows.items():
     gap = ''
@@ -334,11 +361,13 @@ def table(rows) -> str:
         *apart(row['best'], rows[BASELINE]['best'])
       )
     perplexity = row['results'].get('test/perplexity')
-    failed = {
-      found[1]
-      for key, value in row['results'].items()
-      if value == FAIL and (found := GATES.fullmatch(key))
-    }
+    shares = [x for key, x in row['results'].items() if SHARES.match(key)]
+    gates = [
+      f'{step}: {", ".join(names)}'
+      for step, names in row['gates_failed'].items()
+      if names
+    ]
+    gates += [f'end: {", ".join(failed(row["results"]))}']
     cells = [
       name,
       f'{row["parameters"]:,}',
@@ -349,10 +378,21 @@ def table(rows) -> str:
       f'{mean(row["last"]):.4f}',
       '' if perplexity is None else f'{perplexity:.3f}',
       f'{row["tokens_per_second"]:,.0f}',
-      ', '.join(sorted(failed)),
+      f'{min(shares):.2f}' if shares else '',
+      '; '.join(gates).removesuffix('end: ').removesuffix('; '),
     ]
     lines.append('| ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines) + '\n'
+
+
+def samples(rows) -> str:
+  """What every member wrote, indented as Markdown shows it unchanged."""
+  written = [
+    f'{name}:\n\n' + '\n'.join(f'    {x}' for x in row['sample'].splitlines())
+    for name, row in rows.items()
+    if row['sample']
+  ]
+  return '\n\n'.join(written) + '\n' if written else ''
 
 
 def answers(decisions) -> str:

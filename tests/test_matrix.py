@@ -93,6 +93,29 @@ def test_two_runs_share_the_steps_that_are_asked_for(monkeypatch):
     assert steps == (12 if member == 'baseline' else 6), member
 
 
+@pytest.mark.parametrize(
+  ('name', 'scale'), [('ssm_slow', 0.1), ('ssm_fast', 3.0)]
+)
+def test_one_half_learns_at_another_rate(name, scale):
+  """And decays as before: no more changes than the rate of that half."""
+
+  def groups_by_path(name):
+    data = config.to_data(hybrid_matrix.get_config(f'{name},smoke'))
+    shapes = build.parameter_shapes(data)
+    groups = data['optimizer']['groups']
+    patterns = {g: x['pattern'] for g, x in groups.items()}
+    labels = jax.tree.leaves(optimizers.label(shapes, patterns))
+    return {
+      path: {k: v for k, v in groups[label].items() if k != 'pattern'}
+      for path, label in zip(optimizers.path_names(shapes), labels, strict=True)
+    }
+
+  before, after = groups_by_path('baseline'), groups_by_path(name)
+  for path, group in before.items():
+    ours = path.startswith('hybrid/ssm/')
+    assert after[path] == group | ({'lr_scale': scale} if ours else {}), path
+
+
 def test_apart_by_hand():
   gain, least = matrix.apart([3.0, 4.0, 5.0], [1.0, 2.5, 2.5])
   assert gain == pytest.approx(2.0)
@@ -176,10 +199,18 @@ def test_failed_gates_stand_in_the_table():
     'gates/G3.5/seed1': 2.0,
   }
   results |= {'gates/G1': 0.0, 'gates/G1/seed0': 0.0, 'test/perplexity': 4.0}
+  results['gates/gradient_share/hybrid_time'] = 0.25
   member = row([1.0, 1.1], **results)
   member |= {'parameters': 10, 'learning_rate': 1e-3, 'tokens_per_second': 5.0}
+  member |= {'gates_failed': {50: [], 100: ['G2', 'G3']}, 'sample': 'To be\nor'}
   line = matrix.table({'baseline': member}).splitlines()[-1]
-  assert line.endswith('| 4.000 | 5 | G3.5 |')
+  assert line.endswith('| 4.000 | 5 | 0.25 | 100: G2, G3; end: G3.5 |')
+  assert matrix.samples({'baseline': member}).splitlines() == [
+    *('baseline:', '', '    To be', '    or'),
+  ]
+  well = member | {'gates_failed': {50: []}, 'results': {'gates/G1': 0.0}}
+  line = matrix.table({'baseline': well}).splitlines()[-1]
+  assert line.endswith('|  | 5 |  |  |')
 
 
 @pytest.mark.long

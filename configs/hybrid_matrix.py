@@ -31,10 +31,10 @@ Members by tier (`TIERS`), joined to sizes by a comma:
              steps), `ssm_first` (RWKV-6 rests), beside `restart` (none rests).
              These three begin the schedule and the data again half-way.
 
-Measured at full size: all but `groups_*` and `ssm_*`, on tiny-shakespeare (1,115,394
-characters, of which the last tenth is held out, half for validation and half
-for the test), 400 steps of 64 x 256 characters (6.6 million), three seeds each,
-on an H200:
+Measured at full size: all but `groups_*` and `ssm_*`, on tiny-shakespeare
+(1,115,394 characters, of which the last tenth is held out, half for validation
+and half for the test), 400 steps of 64 x 256 characters (6.6 million), three
+seeds each, on an H200:
 
                   parameters   validation       against baseline   test
   baseline        11,016,976   1.362 +- .010                       1.580 +- .007

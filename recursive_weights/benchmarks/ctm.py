@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from recursive_weights import interfaces
+from recursive_weights.benchmarks import device
 from recursive_weights.derivation import compose, tree
 from recursive_weights.derivation.operators import (
   contraction,
@@ -203,9 +204,11 @@ def main() -> None:
   )
   parser.add_argument('--remat', action='store_true')
   parser.add_argument(
-    '--peak_tflops', type=float, default=0.0, help='of the device, 0: unknown'
+    '--peak_tflops', type=float, help="of the device; none: its data sheet's"
   )
   flags = parser.parse_args()
+  if flags.peak_tflops is None:
+    flags.peak_tflops, _ = device.limits()
   grid = itertools.product(
     flags.case, flags.ticks, flags.batch, flags.dtype, flags.nlm
   )

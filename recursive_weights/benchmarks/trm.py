@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from recursive_weights import interfaces
+from recursive_weights.benchmarks import device
 from recursive_weights.models import trm
 from recursive_weights.models.kernels import (
   attention,
@@ -159,9 +160,12 @@ def clock(run, state, *, repeats: int, calls: int) -> list[float]:
   return times[2:]
 
 
-def bytes_in_use() -> int | None:
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get('peak_bytes_in_use')
+def peak_bytes(memory) -> int | None:
+  """Of one program, by the compiler's count."""
+  if memory is None:
+    return None
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
 def half_params(name: str, tokens: int, width: int, pool: str, key):
@@ -395,7 +399,7 @@ def measure_step(
     'bytes_compiler': cost.get('bytes accessed'),
     'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
     'argument_bytes': getattr(memory, 'argument_size_in_bytes', None),
-    'peak_bytes_so_far': bytes_in_use(),
+    'peak_bytes': peak_bytes(memory),
     'compile_s': round(compile_s, 1),
   }
 
@@ -540,9 +544,11 @@ def main() -> None:
   )
   parser.add_argument('--remat', action='store_true')
   parser.add_argument(
-    '--peak_tflops', type=float, default=0.0, help='of the device, 0: unknown'
+    '--peak_tflops', type=float, help="of the device; none: its data sheet's"
   )
   flags = parser.parse_args()
+  if flags.peak_tflops is None:
+    flags.peak_tflops, _ = device.limits()
   for name, tiles in json.loads(flags.tiles).items():
     word = 'over' if name == 'attention' else name
     TILES[word] = tiles_of(name, tiles)

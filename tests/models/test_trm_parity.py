@@ -11,8 +11,11 @@ import pytest
 
 from recursive_weights.interfaces import Spec
 from recursive_weights.models import trm
+from recursive_weights.recursion import objective
+from recursive_weights.tasks import _losses
 
 ROWS, TOKENS, WORDS, CLASSES, WIDTH, HEADS = 3, 10, 7, 5, 16, 2
+PUZZLES, PREFIX = 4, 3
 CYCLES, INNER = 3, 2
 
 
@@ -68,8 +71,15 @@ def net(params, u):
   return u
 
 
-def embed(params, words):
-  x = params['embedding'][words]
+def embed(params, inputs):
+  """With puzzles: their vectors, padded by zeros to PREFIX places, go first."""
+  if 'puzzle' in params:
+    x = params['embedding'][inputs['tokens']]
+    first = params['puzzle'][inputs['puzzle']]
+    first = np.pad(first, ((0, 0), (0, (PREFIX - 1) * WIDTH)))
+    x = np.concatenate([first.reshape(ROWS, PREFIX, WIDTH), x], axis=1)
+  else:
+    x = params['embedding'][inputs]
   if 'position' in params:
     x = 0.5**0.5 * (x + params['position'])
   return np.sqrt(WIDTH) * x
@@ -83,11 +93,12 @@ def one_cycle(params, x, y, z):
 
 def read(params, y):
   halt = y[:, 0] @ params['halt']['kernel'] + params['halt']['bias']
-  return y @ params['readout'], halt[:, 0]
+  own = y[:, PREFIX:] if 'puzzle' in params else y
+  return own @ params['readout'], halt[:, 0]
 
 
-def step(params, words, y, z):
-  x = embed(params, words)
+def step(params, inputs, y, z):
+  x = embed(params, inputs)
   for _ in range(CYCLES):
     y, z = one_cycle(params, x, y, z)
   return (y, z), read(params, y)
@@ -97,14 +108,29 @@ CASES = {
   'mixer': {'cell': 'mixer'},
   'attention': {'cell': 'attention', 'position': 'rotation', 'heads': HEADS},
   'learned': {'cell': 'attention', 'position': 'learned', 'heads': HEADS},
+  'puzzles': {
+    'cell': 'attention',
+    'position': 'rotation',
+    'heads': HEADS,
+    'prefix': PREFIX,
+  },
+  'puzzles, learned': {
+    'cell': 'mixer',
+    'position': 'learned',
+    'prefix': PREFIX,
+  },
 }
 
 
 def problem(name):
-  """Model, parameters, words and a state that is not the first one."""
+  """Model, parameters, inputs and a state that is not the first one."""
   spec = Spec(
     jax.ShapeDtypeStruct((TOKENS,), jnp.int32), (TOKENS,), CLASSES, {}
   )
+  fields = CASES[name]
+  if 'prefix' in fields:
+    one = {'tokens': spec.inputs, 'puzzle': jax.ShapeDtypeStruct((), jnp.int32)}
+    spec = spec._replace(inputs=one, puzzles=PUZZLES)
   model = trm.make(
     spec,
     width=WIDTH,
@@ -113,31 +139,40 @@ def problem(name):
     cycles=CYCLES,
     inner=INNER,
     steps=2,
-    **CASES[name],
+    **fields,
   )
-  keys = jax.random.split(jax.random.key(3), 4)
-  words = jax.random.randint(keys[0], (ROWS, TOKENS), 0, WORDS)
-  params = model.init(keys[1], words)
+  keys = jax.random.split(jax.random.key(3), 5)
+  inputs = jax.random.randint(keys[0], (ROWS, TOKENS), 0, WORDS)
+  if spec.puzzles:
+    inputs = {'tokens': inputs, 'puzzle': jnp.asarray([2, 0, 2])}
+  params = model.init(keys[1], inputs)
   params['halt']['kernel'] = jax.random.normal(keys[2], (WIDTH, 1))
-  noise = jax.random.normal(keys[3], (2, ROWS, TOKENS, WIDTH))
+  if spec.puzzles:
+    params['puzzle'] = jax.random.normal(keys[4], (PUZZLES, WIDTH))
+  places = TOKENS + fields.get('prefix', 0)
+  noise = jax.random.normal(keys[3], (2, ROWS, places, WIDTH))
   carry = model.carry(params, ROWS)
   carry = {'y': carry['y'] + noise[0], 'z': carry['z'] + noise[1]}
-  return model, params, words, carry
+  return model, params, inputs, carry
 
 
 def double(tree):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
+def whole(inputs):
+  return jax.tree.map(np.asarray, inputs)
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_a_step_is_the_published_one(name):
-  model, params, words, carry = problem(name)
+  model, params, inputs, carry = problem(name)
   outputs, new = jax.jit(
     lambda p, c, x: model.apply(p, c, x, key=None, train=True)
-  )(params, carry, words)
+  )(params, carry, inputs)
   state = double(carry)
   (y, z), (logits, halt) = step(
-    double(params), np.asarray(words), state['y'], state['z']
+    double(params), whole(inputs), state['y'], state['z']
   )
   tolerance = {'rtol': 1e-4, 'atol': 1e-4}
   np.testing.assert_allclose(outputs['logits'][0], logits, **tolerance)
@@ -146,9 +181,9 @@ def test_a_step_is_the_published_one(name):
   np.testing.assert_allclose(new['z'], z, **tolerance)
   # In evaluation the steps follow one another.
   outputs, _ = jax.jit(lambda p, c, x: model.apply(p, c, x))(
-    params, carry, words
+    params, carry, inputs
   )
-  _, (second, _) = step(double(params), np.asarray(words), y, z)
+  _, (second, _) = step(double(params), whole(inputs), y, z)
   assert outputs['logits'].shape[0] == 2
   np.testing.assert_allclose(outputs['logits'][1], second, rtol=1e-3, atol=1e-3)
 
@@ -157,30 +192,42 @@ def test_a_step_is_the_published_one(name):
 def test_the_gradient_is_the_published_one(name):
   """Slopes in a random direction of each leaf, by differences in float64.
 
-  The states before the last cycle are constants of the published gradient.
+  Of stable-max cross-entropy and half the halting head's loss. The states
+  before the last cycle are constants of the published gradient.
   """
-  model, params, words, carry = problem(name)
+  model, params, inputs, carry = problem(name)
   rng = np.random.default_rng(0)
-  out = rng.normal(size=(ROWS, TOKENS, CLASSES))
-  sure = rng.normal(size=ROWS)
+  targets = rng.integers(0, CLASSES, (ROWS, TOKENS))
+  right = np.array([1.0, 0.0, 0.0])
+
+  def loss_of(logits, batch):
+    """The task's loss, and a metric as if the first row's answer were right."""
+    loss_BT = _losses.cross_entropy(logits, jnp.asarray(targets), 'stablemax')
+    return loss_BT.mean(-1), {'puzzle_accuracy': jnp.asarray(right)}
 
   @jax.jit
   @jax.grad
   def gradient(params):
-    outputs, _ = model.apply(params, carry, words, key=None, train=True)
-    logits, halt_B = outputs['logits'][0], outputs['halt'][0]
-    return (logits * out).sum() + (halt_B * sure).sum()
+    outputs, _ = model.apply(params, carry, inputs, key=None, train=True)
+    batch = {'weight': jnp.ones(ROWS)}
+    return objective.halting(weight=0.5).score(outputs, loss_of, batch)[0]
 
   found = gradient(params)
   base, y, z = double(params), double(carry['y']), double(carry['z'])
-  x = embed(base, np.asarray(words))
+  x = embed(base, whole(inputs))
   for _ in range(CYCLES - 1):
     y, z = one_cycle(base, x, y, z)
 
   def value(params):
-    x = embed(params, np.asarray(words))
+    x = embed(params, whole(inputs))
     logits, halt = read(params, one_cycle(params, x, y, z)[0])
-    return (logits * out).sum() + (halt * sure).sum()
+    s = np.where(logits < 0, 1 / (1 - np.minimum(logits, 0)), logits + 1)
+    share = np.take_along_axis(
+      s / s.sum(-1, keepdims=True), targets[..., None], -1
+    )
+    sure = 1 / (1 + np.exp(-halt))
+    halting = -right * np.log(sure) - (1 - right) * np.log(1 - sure)
+    return (-np.log(share).mean((1, 2)) + 0.5 * halting).mean()
 
   leaves, structure = jax.tree.flatten(base)
   names = [

@@ -41,8 +41,9 @@ def cache(tmp_path_factory):
 def environment(cache, devices=1):
   return os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-    f'--xla_force_host_platform_device_count={devices}',
+    # The last of equal flags counts.
+    'XLA_FLAGS': os.environ['XLA_FLAGS']
+    + f' --xla_force_host_platform_device_count={devices}',
     'JAX_COMPILATION_CACHE_DIR': cache,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }

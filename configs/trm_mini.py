@@ -54,7 +54,7 @@ second of the three on a CPU core (`benchmarks/results/trm_controls_4x4.json`):
 
                                                 validation    test         speed
   as published: 2 blocks, T 2, n 2 (`T2n2`)     .961 +- .012  .906 +- .033  2.9
-  4 blocks, n 1 (`layers4`)                     .775 +- .134  .729 +- .100  2.8
+  4 blocks, n 1 (`layers4`), a third more       .775 +- .134  .729 +- .100  2.8
   `T1n2`: no cycle without gradient             .984 +- .011  .949 +- .021  3.2
   `T1n5`, as many blocks a step                 .959 +- .028  .913 +- .055  1.7
   `T3n1`, as many blocks a step                 .937 +- .017  .884 +- .024  5.0
@@ -69,13 +69,14 @@ second of the three on a CPU core (`benchmarks/results/trm_controls_4x4.json`):
   `flat_deep`: none, equal arithmetic           .975 +- .008  .886 +- .026  2.9
   `deep`: none, as many blocks as a step        .885 +- .028  .742 +- .062  1.9
 
-What the paper found and this repeats: two blocks beat four, recursion beats
-what has as many weights. Attention has learned nothing yet after so few steps,
-which says little of what it would learn. What it does not repeat, so small and
-so short: a single state is better than two, one cycle better than two, and EMA,
-turnover, digits and the gradient through a whole cycle make no difference
-beyond the spread; a net of eight blocks without recursion, four times the
-weights, is as good (on 6 x 6 twelve blocks are not, see above).
+What the paper found and this repeats: two blocks beat four (at 16 applied a
+step against 12; `T2n3`, as many, was not run), recursion beats what has as many
+weights. Attention has learned nothing yet after so few steps, which says little
+of what it would learn. What it does not repeat, so small and so short: a single
+state is better than two, one cycle better than two, and EMA, turnover, digits
+and the gradient through a whole cycle make no difference beyond the spread; a
+net of eight blocks without recursion, four times the weights, is as good (on 6
+x 6 twelve blocks are not, see above).
 
 The same on 6 x 6, 4,000 steps, seeds 0, 1, 2, on an H200 shared by several runs
 (`benchmarks/results/trm_controls_6x6.json`); validation after 1,000 and 4,000

@@ -1,0 +1,172 @@
+"""Every form of every scan is its recurrence: values and all gradients.
+
+In float32, for gates from open to shut and any layout of texts, against the
+recurrence in float64: an error is at most 1e-5 of the norms of what is right
+and of what it would be with open gates, array by array. Layouts and the places
+where runs are split are drawn, always the same ones; they are values, so that
+programs are compiled once.
+"""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from recursive_weights.scans import chunks
+from tests.scans import recurrences
+from tests.scans.recurrences import CASES, B, timed
+
+T, CHUNK = 37, 16
+TOLERANCE = 1e-5
+MEANS = (0.0, -0.05, -1.0, -10.0, -80.0, -np.inf)
+
+drawn = hypothesis.settings(
+  derandomize=True, database=None, deadline=None, max_examples=5
+)
+rows = strategies.lists(
+  strategies.sets(strategies.integers(0, T - 1), max_size=5),
+  min_size=B,
+  max_size=B,
+)
+# Twice in a chunk, at its start, inside one; tokens missing at both ends.
+TEXTS = [{5, 9}, {0, 16, 36}]
+GAPS = [{34, 35, 36}, {0, 1, 20}]
+
+every_form = pytest.mark.parametrize(
+  ('name', 'algorithm'),
+  [(name, form) for name in CASES for form in chunks.ALGORITHMS],
+)
+
+
+@functools.cache
+def program(name, algorithm=None):
+  """`((_, (y, state)), gradients)` of a form; of the recurrence for None."""
+
+  def total(real, flags, weights):
+    if algorithm is None:
+      y, state = recurrences.scan(name, **real, **flags)
+    else:
+      options = {'algorithm': algorithm, 'chunk': CHUNK}
+      y, state = CASES[name].module.scan(**real, **flags, **options)
+    return (y * weights[0]).sum() + (state * weights[1]).sum(), (y, state)
+
+  return jax.jit(jax.value_and_grad(total, has_aux=True))
+
+
+def run(name, algorithm, *args):
+  """Outputs, last state and gradients, in float64 for the recurrence."""
+  exact = algorithm is None
+  with jax.enable_x64(exact):
+    real, flags, weights = args
+    real, weights = jax.tree.map(
+      lambda x: jnp.asarray(x, jnp.float64 if exact else jnp.float32),
+      (real, weights),
+    )
+    (_, outputs), gradients = program(name, algorithm)(real, flags, weights)
+    return jax.tree.map(np.asarray, (outputs, gradients))
+
+
+def case_of(name, mean, texts, gaps, length=T):
+  """What has gradients, what has none, and weights of a scalar loss."""
+  inputs, shared = recurrences.given(name, length, mean)
+  resets, mask = shared.pop('resets'), shared.pop('mask')
+  for row in range(B):
+    resets[row, [t for t in texts[row] if t < length]] = True
+    mask[row, [t for t in gaps[row] if t < length]] = False
+  real = inputs | shared
+  stream = np.random.default_rng(7)
+  y_shape = (B, length, *CASES[name].state[::2])
+  if name == 'selective':
+    y_shape = inputs['x_BTD'].shape
+  weights = [stream.normal(size=x) for x in (y_shape, shared['state'].shape)]
+  return real, {'resets': resets, 'mask': mask}, weights
+
+
+def check(name, found, real, flags, weights):
+  """The rule at the top of this file, leaf by leaf."""
+  exact = run(name, None, real, flags, weights)
+  gate = recurrences.gate(real)
+  opened = real | {gate: np.zeros_like(real[gate])}
+  scale = run(name, None, opened, flags, weights)
+
+  def one(path, a, b, c):
+    assert np.isfinite(a).all(), path
+    error = np.linalg.norm(a - b)
+    bound = TOLERANCE * (np.linalg.norm(b) + np.linalg.norm(c))
+    assert error <= bound, (path, error, bound)
+
+  jax.tree_util.tree_map_with_path(one, found, exact, scale)
+  shut = np.isneginf(real[gate])
+  assert not found[1][gate][shut].any()
+
+
+@every_form
+@pytest.mark.parametrize('mean', MEANS)
+@drawn
+@hypothesis.given(rows, rows)
+@hypothesis.example(TEXTS, GAPS)
+def test_a_form_is_the_recurrence(name, algorithm, mean, texts, gaps):
+  case = case_of(name, mean, texts, gaps)
+  check(name, run(name, algorithm, *case), *case)
+
+
+@every_form
+def test_one_token(name, algorithm):
+  for mean in MEANS:
+    for texts in ([{0}, ()], [(), ()]):
+      case = case_of(name, mean, texts, [(), ()], length=1)
+      check(name, run(name, algorithm, *case), *case)
+
+
+@pytest.mark.parametrize('algorithm', chunks.ALGORITHMS)
+@pytest.mark.parametrize(
+  'name', ['gated_linear', 'rwkv6', 'gated_delta', 'kimi_delta']
+)
+def test_gate_of_a_reset_has_no_gradient(name, algorithm):
+  """Where resets bring in zeros, what decays at them is of no matter."""
+  real, flags, weights = case_of(name, -0.05, TEXTS, [(), ()])
+  real['fresh'] *= 0
+  slope = run(name, algorithm, real, flags, weights)[1]['log_decay']
+  assert not slope[flags['resets']].any()
+  assert slope[~flags['resets']].any()
+
+
+@every_form
+@drawn
+@hypothesis.given(
+  strategies.sampled_from(MEANS), strategies.integers(0, T), rows, rows
+)
+@hypothesis.example(-0.05, 16, TEXTS, GAPS)
+@hypothesis.example(-1.0, 23, TEXTS, GAPS)
+def test_a_run_goes_on_from_any_token(
+  name, algorithm, mean, split, texts, gaps
+):
+  """Its second part, moved to the front, starts from the state of the first.
+
+  Gradients follow by hand: the first part is given that of the state between.
+  """
+  real, flags, weights = case_of(name, mean, texts, gaps)
+  t, (y_weight, state_weight) = np.arange(T)[None], weights
+
+  def moved(tree, by):
+    return {n: np.roll(x, by, 1) if timed(n) else x for n, x in tree.items()}
+
+  before = flags | {'mask': flags['mask'] & (t < split)}
+  after = {key: np.roll(x, -split, 1) for key, x in flags.items()}
+  after['mask'] &= t < T - split
+  part = functools.partial(run, name, algorithm)
+  (y, between), _ = part(real, before, weights)
+  (later_y, state), late = part(
+    moved(real, -split) | {'state': between},
+    after,
+    (np.roll(y_weight, -split, 1), state_weight),
+  )
+  _, early = part(real, before, (y_weight, late.pop('state')))
+  for key, slope in moved(late, split).items():
+    early[key] = early[key] + slope
+  found = (y + np.roll(later_y, split, 1), state), early
+  check(name, found, real, flags, weights)

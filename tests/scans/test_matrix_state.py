@@ -22,13 +22,16 @@ RULES = {
   'rwkv6': (linear_attention, H, K, ('bonus_HK',)),
   'gated_delta': (delta_rule, 1, 1, ('beta',)),
   'kimi_delta': (delta_rule, H, K, ('beta',)),
+  # What `ssd.scan` passes on: B and C that heads share, one decay a head.
+  'ssd': (linear_attention, 1, 1, ()),
 }
+COVER = ('rwkv6', 'kimi_delta')  # between them every part of the kernels
 GATES = {
   'open': lambda key, shape: jnp.zeros(shape),
   'tame': lambda key, shape: -0.05 * jax.random.exponential(key, shape),
   'violent': lambda key, shape: -80 * jax.random.exponential(key, shape),
   'shut': lambda key, shape: jnp.where(
-    jax.random.bernoulli(key, 0.2, shape), -jnp.inf, 0.0
+    jax.random.bernoulli(key, 0.2, shape), -jnp.inf, jnp.zeros(shape)
   ),
 }
 
@@ -111,7 +114,7 @@ def test_fused_is_recurrent(rule, gates):
 @pytest.mark.parametrize(
   'rule',
   [
-    pytest.param(rule, marks=[pytest.mark.long] if rule[:5] == 'gated' else [])
+    pytest.param(rule, marks=[] if rule in COVER else [pytest.mark.long])
     for rule in RULES
   ],
 )
@@ -126,7 +129,7 @@ def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize('rule', ['rwkv6', 'kimi_delta'])
+@pytest.mark.parametrize('rule', COVER)
 def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule):
   given, flags = inputs_of(rule, 'tame', jnp.bfloat16), flags_of()
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), given)

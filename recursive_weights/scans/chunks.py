@@ -15,7 +15,8 @@ from recursive_weights.interfaces import Array, Tree
 from recursive_weights.scans import decay
 
 ALGORITHMS = ('chunked', 'recurrent')
-KERNELS = ('fused', 'auto')
+MATRIX_ALGORITHMS = (*ALGORITHMS, 'fused', 'auto')
+PREFILLS = ('chunked', 'fused', 'auto')
 
 
 class Pending(NamedTuple):
@@ -147,10 +148,12 @@ def states(
 
 
 def choose(
-  algorithm: str, chunk: int, length: int, kernels: tuple[str, ...] = ()
+  algorithm: str,
+  chunk: int,
+  length: int,
+  known: tuple[str, ...] = ALGORITHMS,
 ) -> int:
   """The chunk to use for T tokens: no longer than they need."""
-  known = ALGORITHMS + kernels
   if algorithm not in known:
     raise ValueError(f'algorithm must be in {known}, got {algorithm!r}')
   if chunk < 2 or chunk & (chunk - 1):
@@ -223,18 +226,18 @@ def per_head(x_BGK: Array, heads: int) -> Array:
   return jnp.repeat(x_BGK, repeats, axis=-2).astype(jnp.float32)
 
 
-def pending_of(given: Inputs) -> Pending:
-  """A prefill of linear attention as one chunk: nothing is known inside it."""
+def pending_of(given: Inputs, written_BTHV: Array) -> Pending:
+  """A prefill as one chunk, for no state inside it is known."""
   length, groups = given.q_BTGK.shape[1:3]
   chunk = 1 << max(length - 1, 1).bit_length()
-  k, v, log_decay = (
+  k, written, log_decay = (
     split(x, chunk, groups)
-    for x in (given.k_BTGK, given.v_BTHV, given.log_decay_BTHK)
+    for x in (given.k_BTGK, written_BTHV, given.log_decay_BTHK)
   )
   return Pending(
     grouped(given.state_BHKV, groups)[None],
     k,
-    v,
+    written,
     log_decay,
     split_flags(given.resets_BT, chunk, groups),
     grouped(given.fresh_BHKV, groups),

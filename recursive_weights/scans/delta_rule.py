@@ -68,7 +68,7 @@ def scan(
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
   chunk = chunks.choose(
-    algorithm, chunk, v_BTHV.shape[1], kernels=chunks.KERNELS
+    algorithm, chunk, v_BTHV.shape[1], chunks.MATRIX_ALGORITHMS
   )
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state, fresh, resets, mask
@@ -78,13 +78,7 @@ def scan(
     return _chunked(given, chunk, precision)[:2]
 
   if algorithm == 'fused':
-    from recursive_weights.scans.kernels import matrix_state
-
-    return matrix_state.scan(
-      given,
-      delta=True,
-      precision=precision,
-    )
+    return _fused(given, precision)
 
   def one(state, q, k, v, log_decay, beta, resets):
     options = {'resets': resets, 'fresh': given.fresh_BHKV}
@@ -108,14 +102,24 @@ def prefill(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
+  algorithm: str = 'chunked',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Pending]:
-  """As `scan`, chunked; `commit(pending, length_B)` gives the states."""
-  chunk = chunks.choose('chunked', chunk, v_BTHV.shape[1])
+  """As `scan`; `commit(pending, length_B)` gives the states.
+
+  Args:
+    algorithm: 'chunked', 'fused' or 'auto'; the second keeps no states between
+      tokens, so that `commit` sums over the whole sequence, and corrections in
+      the dtype of v.
+  """
+  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1], chunks.PREFILLS)
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, beta_BTH, state, fresh, resets, mask
   )
+  if chunks.resolve(algorithm, given) == 'fused':
+    y, _, written = _fused(given, precision, written=True)
+    return y, chunks.pending_of(given, written)
   y, _, pending = _chunked(given, chunk, precision)
   return y, pending
 
@@ -143,6 +147,14 @@ def step(
   state = state + k_BHK[..., None] * written_BHV[:, :, None]
   y_BHV = (q_BHK[..., None] * state).sum(-2)
   return y_BHV.astype(v_BHV.dtype), state
+
+
+def _fused(given: chunks.Inputs, precision, *, written=False):
+  from recursive_weights.scans.kernels import matrix_state
+
+  return matrix_state.scan(
+    given, delta=True, written=written, precision=precision
+  )
 
 
 def _chunked(given: chunks.Inputs, chunk, precision):

@@ -60,7 +60,7 @@ def scan(
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
   chunk = chunks.choose(
-    algorithm, chunk, v_BTHV.shape[1], kernels=chunks.KERNELS
+    algorithm, chunk, v_BTHV.shape[1], chunks.MATRIX_ALGORITHMS
   )
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, None, state, fresh, resets, mask
@@ -104,20 +104,14 @@ def prefill(
     algorithm: 'chunked', 'fused' or 'auto'; the second keeps no states between
       tokens, so that `commit` sums over the whole sequence.
   """
-  if algorithm == 'recurrent':
-    raise ValueError(
-      "a prefill is 'chunked', 'fused' or 'auto', got 'recurrent'"
-    )
-  chunk = chunks.choose(
-    algorithm, chunk, v_BTHV.shape[1], kernels=chunks.KERNELS
-  )
+  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1], chunks.PREFILLS)
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, None, state, fresh, resets, mask
   )
   algorithm = chunks.resolve(algorithm, given)
   if algorithm == 'fused':
     y, _ = _fused(given, bonus_HK, precision)
-    return y, chunks.pending_of(given)
+    return y, chunks.pending_of(given, given.v_BTHV)
   y, _, pending = _chunked(given, bonus_HK, chunk, precision)
   return y, pending
 

@@ -68,8 +68,11 @@ def flags_of():
 
 
 @functools.cache
-def program(rule, algorithm):
-  """Outputs, last state, and gradients of every input; compiled once."""
+def program(rule, algorithm, lengths=None):
+  """Outputs, last state, and gradients of every input; compiled once.
+
+  With lengths, the states of a prefill after so many tokens.
+  """
   module, _, width, _ = RULES[rule]
 
   def total(given, flags):
@@ -80,7 +83,11 @@ def program(rule, algorithm):
     args = [given.pop(name) for name in 'qkv'] + [g]
     if 'beta' in given:
       args.append(given.pop('beta'))
-    y, state = module.scan(*args, **given, **flags, algorithm=algorithm)
+    form = module.scan if lengths is None else module.prefill
+    y, state = form(*args, **given, **flags, algorithm=algorithm)
+    if lengths is not None:
+      commit = jax.vmap(module.commit, (None, 0))
+      state = commit(state, jnp.asarray(lengths))
     weights = (jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in (y, state))
     sums = ((x * w).sum() for x, w in zip((y, state), weights, strict=True))
     return sum(sums), (y, state)
@@ -149,28 +156,34 @@ def test_kernels_lower_for_a_gpu(rule, monkeypatch):
   given = inputs_of(rule, 'tame', jnp.bfloat16, fresh=True)
   program.cache_clear()
   try:
-    lowered = program(rule, 'fused').trace(given, flags_of())
-    text = lowered.lower(lowering_platforms=('cuda',)).as_text()
+    texts = [
+      program(rule, 'fused', lengths)
+      .trace(given, flags_of())
+      .lower(lowering_platforms=('cuda',))
+      .as_text()
+      for lengths in (None, ((0, 1),))
+    ]
   finally:
     program.cache_clear()
   names = ('scan_inside', 'scan_along', 'scan_back', 'scan_inside_back')
-  assert all(re.search(rf'\b{name}\b', text) for name in names)
+  for text in texts:
+    assert all(re.search(rf'\b{name}\b', text) for name in names)
 
 
-@pytest.mark.parametrize('rule', ['gated_linear', 'rwkv6'])
+@pytest.mark.parametrize('rule', ['rwkv6', 'gated_delta'])
 def test_a_fused_prefill_commits_any_length(rule):
   given, flags = inputs_of(rule, 'tame', fresh=True), flags_of()
-  args = [given.pop(name) for name in 'qkvg']
-  states = []
-  for algorithm in ('fused', 'chunked'):
-    prefill = functools.partial(
-      linear_attention.prefill, **given, **flags, algorithm=algorithm
-    )
-    y, pending = jax.jit(prefill)(*args)
-    lengths = np.array([[0, 1], [5, 6], [17, 30], [T, T - 1]])
-    commit = jax.vmap(linear_attention.commit, (None, 0))
-    states.append((y, commit(pending, jnp.asarray(lengths))))
-  assert max(jax.tree.leaves(distances(*states))) < 1e-5
+  lengths = (0, 1), (5, 6), (17, 30), (T, T - 1)
+  fused, chunked = (
+    program(rule, name, lengths)(given, flags) for name in ('fused', 'chunked')
+  )
+  assert max(jax.tree.leaves(distances(fused, chunked))) < 1e-5
+
+
+@pytest.mark.parametrize('rule', ['rwkv6', 'gated_delta'])
+def test_a_prefill_is_not_recurrent(rule):
+  with pytest.raises(ValueError, match="got 'recurrent'"):
+    program(rule, 'recurrent', ((0, 1),))(inputs_of(rule, 'tame'), flags_of())
 
 
 def test_auto_is_fused_on_one_gpu_where_it_fits(monkeypatch):

@@ -35,14 +35,17 @@ def scan(
   *,
   delta: bool,
   bonus_HK: Array | None = None,
+  written: bool = False,
   precision: str = 'highest',
   interpret: bool | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
   """Outputs `[B, T, H, V]` and the last state `[B, H, K, V]`.
 
   Args:
     given: checked inputs that `fits` takes.
     delta: the delta rule; else linear attention, with RWKV-6's `bonus_HK`.
+    written: also give what tokens of the delta rule wrote, `[B, T, H, V]` in
+      the dtype of v: their corrections.
     precision: of products of float32; the inverse is at 'highest', but in TF32
       where values have 16 bits.
     interpret: run without a GPU, slowly; None: where there is none.
@@ -65,6 +68,7 @@ def scan(
     delta=delta,
     exclusive=exclusive,
     fresh=fresh is not None,
+    written=written,
     heads=heads,
     repeats=heads // groups,
     precision=precision,
@@ -97,8 +101,9 @@ def scan(
     bonus = jnp.broadcast_to(bonus_HK[None], (batch, heads, keys))
     bonus = bonus.astype(jnp.float32).reshape(-1, keys)
     inputs = inputs._replace(bonus=bonus)
-  y, last = _scan(inputs, plan)
-  return y[:, :length], last.reshape(batch, heads, keys, values)
+  y, last, *corrections = _scan(inputs, plan)
+  last = last.reshape(batch, heads, keys, values)
+  return y[:, :length], last, *(x[:, :length] for x in corrections)
 
 
 def _warps(size: int) -> tuple[int, int, int]:
@@ -139,20 +144,21 @@ class _Inputs(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _scan(inputs, plan):
   inside, _ = _inside(inputs, plan)
-  return _along(inside, inputs, plan, False)[:2]
+  return _along(inside, inputs, plan, False)
 
 
 def _scan_forward(inputs, plan):
   inside, kept = _inside(inputs, plan)
   y, last, starts, *written = _along(inside, inputs, plan, True)
+  out = y, last, *(written if plan.written else ())
   written = written[0] if plan.delta else inputs.v
-  return (y, last), (inputs, inside, kept, starts, written)
+  return out, (inputs, inside, kept, starts, written)
 
 
 def _scan_backward(plan, saved, cotangents):
   inputs, inside, kept, starts, written = saved
   dv, dstates, dinside = _back(
-    inside, inputs, written, starts, *cotangents, plan
+    inside, inputs, written, starts, cotangents, plan
   )
   dq, dk, dg, *rest = _inside_back(inputs, kept, dinside, plan)
   gradient = _Inputs(dq, dk, dv, dg, jnp.zeros_like(inputs.resets), *dstates)
@@ -235,10 +241,10 @@ def _along_kernel(*refs, plan):
       written = written.astype(v_ref.dtype)
     y = product(inside.read[head, here, :], narrow)
     y += product(inside.score[head, here, :], written)
-    if kept_refs:
+    if kept_refs[plan.delta :]:
       kept_refs[0][head, index, :, :] = narrow
-    if kept_refs[1:]:
-      kept_refs[1][at] = written
+    if plan.delta and kept_refs:
+      kept_refs[-1][at] = written
     state = inside.whole[head, index, :][:, None] * state
     if plan.fresh:
       y += product(inside.fresh_read[head, here, :], fresh.astype(v_ref.dtype))
@@ -261,7 +267,8 @@ def _along(inside, inputs, plan, keep):
     heads, *sizes = state.shape
     count = v.shape[1] // plan.chunk
     out.append(jax.ShapeDtypeStruct((heads, count, *sizes), v.dtype))
-    out += [like_v] * plan.delta
+  if plan.written or (keep and plan.delta):
+    out.append(like_v)
   args = (*inside, v, *inputs.states())
   grid, warps = state.shape[:1], plan.warps[1 + keep]
   return _call(_along_kernel, 'scan_along', out, grid, warps, 2, plan, *args)
@@ -274,8 +281,10 @@ def _back_kernel(*refs, plan):
   if plan.fresh:
     fresh_ref, *refs = refs
     fresh = fresh_ref[pl.program_id(0), :, :]
-  v_ref, written_ref, start_ref, dy_ref, dlast_ref, dv_ref, *refs = refs
-  dstate_ref, *refs = refs
+  v_ref, written_ref, start_ref, dy_ref, dlast_ref, *refs = refs
+  if plan.written:
+    dwritten_ref, *refs = refs
+  dv_ref, dstate_ref, *refs = refs
   if plan.fresh:
     dfresh_ref, *refs = refs
   grads, _ = Inside.of(refs, plan)
@@ -298,6 +307,8 @@ def _back_kernel(*refs, plan):
     grads.score[head, here, :] = product(dy, written.T)
     dwritten = product(inside.score[head, here, :].T, dy)
     dwritten += product(inside.write[head, here, :], narrow)
+    if plan.written:
+      dwritten += dwritten_ref[at].astype(jnp.float32)
     if plan.fresh:
       share = inside.fresh_whole[head, index, :][:, None]
       grads.fresh_whole[head, index, :] = (dstate * fresh).sum(1)
@@ -328,7 +339,7 @@ def _back_kernel(*refs, plan):
 
 
 @functools.partial(jax.jit, static_argnames='plan')
-def _back(inside, inputs, written, starts, dy, dlast, plan):
+def _back(inside, inputs, written, starts, cotangents, plan):
   """Gradients of v, of the states and of what `_inside` gives."""
   v = inputs.v
   states = inputs.states()
@@ -336,8 +347,8 @@ def _back(inside, inputs, written, starts, dy, dlast, plan):
     jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (*states, *inside)
   ]
   out = [jax.ShapeDtypeStruct(v.shape, v.dtype), *wide]
-  args = (*inside, *states[1:], v, written, starts, dy, dlast)
-  grid, warps = dlast.shape[:1], plan.warps[2]
+  args = (*inside, *states[1:], v, written, starts, *cotangents)
+  grid, warps = inputs.state.shape[:1], plan.warps[2]
   dv, *rest = _call(_back_kernel, 'scan_back', out, grid, warps, 1, plan, *args)
   return dv, rest[: len(states)], rest[len(states) :]
 

@@ -10,15 +10,17 @@ class Plan(NamedTuple):
   """What is known before a trace.
 
   delta: the delta rule, else linear attention. exclusive: tokens read before
-  they write, but for their bonus. fresh: resets bring in a state. heads: of
-  values. repeats: heads of values for one of keys. precision: of products of
-  float32. narrow: values are of 16 bits. chunk: tokens. warps: of a program
-  without a state, of one that carries it on, of one that keeps it or goes back.
+  they write, but for their bonus. fresh: resets bring in a state. written: what
+  tokens of the delta rule wrote is an output. heads: of values. repeats: heads
+  of values for one of keys. precision: of products of float32. narrow: values
+  are of 16 bits. chunk: tokens. warps: of a program without a state, of one
+  that carries it on, of one that keeps it or goes back.
   """
 
   delta: bool
   exclusive: bool
   fresh: bool
+  written: bool
   heads: int
   repeats: int
   precision: str

@@ -5,11 +5,13 @@ r"""Time and memory of the scans over time, forward and with their backward.
 prints one JSON line a kernel and algorithm: random inputs, gates near those of
 trained models, times of calls each waited for. Arithmetic is that of the
 recurrence token by token, traffic that of inputs, outputs and their gradients
-once each; with the device's bandwidth, its share at this traffic.
+once each. The share of the roofline is the larger of the shares of the device's
+arithmetic and bandwidth that these come to: 1 where no program could be faster.
+Flags give the two of a device that is not known here, such as a CPU.
 
   python -m recursive_weights.benchmarks.scans --kernel kimi_delta rwkv6 \
       --algorithm chunked fused --dtype bfloat16 --batch 8 --length 4096 \
-      --heads 16 --bandwidth 3350
+      --heads 16
 """
 
 import argparse
@@ -38,6 +40,14 @@ KERNELS = (
   'ssd',
   'selective',
 )
+
+# Memory in GB/s, and TFLOP/s without sparsity by the bytes of a number (float32
+# on no matrix unit, as `--precision highest` asks): NVIDIA's data sheets of the
+# H100 (SXM) and the H200.
+ROOFS = {
+  'NVIDIA H100 80GB HBM3': (3350.0, {2: 989.0, 4: 67.0}),
+  'NVIDIA H200': (4800.0, {2: 989.0, 4: 67.0}),
+}
 
 
 def build(kernel: str, size: argparse.Namespace, dtype: str):
@@ -103,7 +113,16 @@ def measure(function, inputs: list, repeats: int) -> dict:
   }
 
 
-def rates(kernel: str, size, arguments, function, ms: float) -> dict:
+def roof(flags: argparse.Namespace, dtype: str) -> dict:
+  """What the device can do at most, None where unknown; flags go first."""
+  known = ROOFS.get(jax.devices()[0].device_kind, (None, {}))
+  return {
+    'peak_gb_per_s': flags.bandwidth or known[0],
+    'peak_tflops': flags.peak or known[1].get(jnp.dtype(dtype).itemsize),
+  }
+
+
+def rates(kernel: str, size, arguments, function, ms: float, most) -> dict:
   """Arithmetic and least traffic of a call, and what they come to a second."""
   outputs = jax.eval_shape(function, *arguments)
   backward = isinstance(arguments[0], list)
@@ -116,14 +135,12 @@ def rates(kernel: str, size, arguments, function, ms: float) -> dict:
   tokens = size.batch * size.length * size.heads
   work = 2.0 * products * tokens * size.key_width * size.value_width
   work *= 3 if backward else 1
-  found = {
-    'tflops': round(work / ms / 1e9, 2),
-    'gb_per_s': round(moved / ms / 1e6, 1),
-  }
-  if size.bandwidth:
-    share = found['gb_per_s'] / size.bandwidth
-    found['share_of_bandwidth'] = round(share, 4)
-  return found
+  found = {'tflops': work / ms / 1e9, 'gb_per_s': moved / ms / 1e6}
+  limits = {key: most[f'peak_{key}'] for key in found}
+  shares = [found[key] / limit for key, limit in limits.items() if limit]
+  if shares:
+    found['share_of_roofline'] = max(shares)
+  return {key: float(f'{x:.4g}') for key, x in found.items()}
 
 
 def main() -> None:
@@ -155,10 +172,10 @@ def main() -> None:
   parser.add_argument('--precision', default='highest')
   parser.add_argument('--repeats', type=int, default=10)
   parser.add_argument(
-    '--bandwidth',
-    type=float,
-    default=0.0,
-    help="the device's, GB/s; 0: unknown",
+    '--bandwidth', type=float, help="the device's, GB/s, if not known"
+  )
+  parser.add_argument(
+    '--peak', type=float, help="the device's arithmetic, TFLOP/s, if not known"
   )
   flags = parser.parse_args()
   grid = itertools.product(
@@ -188,6 +205,8 @@ def main() -> None:
       'device': jax.devices()[0].device_kind,
       'jax': jax.__version__,
     }
+    most = roof(flags, dtype)
+    line |= {key: x for key, x in most.items() if x}
     cases = {
       'forward': (forward, inputs),
       'forward_backward': (jax.value_and_grad(total), [inputs]),
@@ -198,7 +217,7 @@ def main() -> None:
       except (ValueError, jax.errors.JaxRuntimeError) as error:
         line[f'{name}_failed'] = str(error)[:300]
         continue
-      found |= rates(kernel, flags, arguments, function, found['ms'])
+      found |= rates(kernel, flags, arguments, function, found['ms'], most)
       line |= {f'{name}_{key}': value for key, value in found.items()}
     print(json.dumps(line), flush=True)
 

@@ -225,10 +225,11 @@ class Decoder(NamedTuple):
     (x_BTD, pending)`: a chunk of T tokens after those that the cache has seen.
     Where `resets_BT` (bool) is True a document begins: recurrent states, token
     shifts and windows of convolutions become the learned initial ones there,
-    and attention sees nothing before it. `tap(layer, x_BTD) -> x_BTD` sees and
-    may change hidden states after each layer; None is the plain program. `key`
-    is for dropout; None is deterministic. `pending` is what `commit` needs;
-    what of it is unused costs nothing under jit.
+    and attention sees nothing before it. `tap(layer, x_BTD, part) -> x_BTD`
+    sees and may change hidden states after each layer (part '') and what a
+    recurrence inside it puts out (part: its path in `cache['recurrent']`); None
+    is the plain program. `key` is for dropout; None is deterministic. `pending`
+    is what `commit` needs; what of it is unused costs nothing under jit.
   head: `(params, x_BTD) -> logits_BTV`, float32.
   cache: `(params, batch_size) -> {'recurrent', 'attention', 'position'}`, the
     batch first in every leaf. Rows are at the start of a document; learned

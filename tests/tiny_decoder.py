@@ -50,7 +50,7 @@ def blocks(params, cache, x_BTD, *, resets_BT=None, tap=None, key=None):
     chunk=4,
   )
   x_BTD = x_BTD + y_BTHV.reshape(batch, length, -1) @ params['out']
-  x_BTD = x_BTD if tap is None else tap(0, x_BTD)
+  x_BTD = x_BTD if tap is None else tap(0, x_BTD, '')
   return x_BTD, {'pending': pending, 'length': jnp.int32(length)}
 
 

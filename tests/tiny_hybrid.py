@@ -70,6 +70,7 @@ def blocks(params, cache, x_BTD, *, resets_BT=None, tap=None, key=None):
   before = jax.tree.map(
     lambda x: jnp.moveaxis(x, 1, 0), cache['recurrent']['hybrid']
   )
+  see = tap or (lambda layer, y_BTD, part: y_BTD)
 
   def layer(x_BTD, row):
     weights, before, index = row
@@ -77,9 +78,8 @@ def blocks(params, cache, x_BTD, *, resets_BT=None, tap=None, key=None):
     n = x_BTD * jax.lax.rsqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-5)
     for name in COMPONENTS:
       y_BTD, states[name] = _mix(weights[name], before[name]['state'], n)
-      y = y + y_BTD
-    x_BTD = x_BTD + y
-    return x_BTD if tap is None else tap(index, x_BTD), states
+      y = y + see(index, y_BTD, f'hybrid/{name}')
+    return see(index, x_BTD + y, ''), states
 
   x_BTD, states = jax.lax.scan(
     layer, x_BTD, (params['hybrid'], before, jnp.arange(LAYERS))

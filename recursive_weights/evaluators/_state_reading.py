@@ -27,13 +27,17 @@ class Reader(NamedTuple):
   read: `(params, cache, tokens_SBT, targets_SBT) -> (cache, found)`: the state
     `before` and `after` the last token of each segment by component,
     `[S, B, L, H, K, V]`, and `loss`, `top` (the largest probability), `choice`
-    (its token) and `entropy` of every prediction, `[S, B, T]`.
+    (its token) and `entropy` of every prediction, `[S, B, T]`; entropy is that
+    of the tokens other than the one just read, whose logit in a model with a
+    tied head starts at .02 D, so grows with the width.
   fade: `(params, cache, tokens_RT) -> {component: [1 + T, L, B, H]}`, cache and
     tokens as `pushed` gives them: how far a perturbation of one component of
     one layer moves that state after 0, 1, ... T tokens.
-  gradients: `(params, cache, tokens_BT, targets_BT) -> (norms, std_L)`: norms
-    of the gradient of the mean loss by parameter path, and the standard
-    deviation of hidden states after each layer.
+  gradients: `(params, cache, tokens_BT, targets_BT) -> (norms, hidden)`: norms
+    of the gradient of the mean loss by parameter path, and by part of a layer
+    (a component's output, and '' for what stands after the layer) 1 where a
+    layer has it, the variance over tokens and the mean square, means over
+    channels: `[L, 3]`.
   """
 
   read: Callable
@@ -98,6 +102,8 @@ def _read(decoder, params, cache, tokens_SBT, targets_SBT):
     x_BTD = decoder.embed(params, tokens_BT)
     x_BTD, pending = decoder.blocks(params, cache, x_BTD)
     log_p = jax.nn.log_softmax(decoder.head(params, x_BTD), axis=-1)
+    read_BTV = jax.nn.one_hot(tokens_BT, log_p.shape[-1], dtype=bool)
+    others = jax.nn.log_softmax(jnp.where(read_BTV, -1e30, log_p), axis=-1)
     batch, length = tokens_BT.shape
     last_but_one_B = jnp.full([batch], length - 1, jnp.int32)
     before = decoder.commit(cache, pending, last_but_one_B)
@@ -108,7 +114,7 @@ def _read(decoder, params, cache, tokens_SBT, targets_SBT):
       'loss': _of(-log_p, targets_BT),
       'top': jnp.exp(log_p.max(-1)),
       'choice': log_p.argmax(-1),
-      'entropy': -(jnp.exp(log_p) * log_p).sum(-1),
+      'entropy': -(jnp.exp(others) * others).sum(-1),
     }
 
   return jax.lax.scan(segment, cache, (tokens_SBT, targets_SBT))
@@ -173,43 +179,44 @@ def _gradients(decoder, params, cache, tokens_BT, targets_BT):
   # At least the number of layers; rows that no layer has stay 0.
   stacks = jax.tree.leaves((cache['recurrent'], cache['attention']))
   most = sum(x.shape[1] for x in stacks if x.ndim > 1)
-  width = jax.eval_shape(decoder.embed, params, tokens_BT).shape[-1]
 
-  def loss(params, rows_LSD):
+  def loss(params, rows):
     x_BTD, _ = decoder.blocks(
       params,
       cache,
       decoder.embed(params, tokens_BT),
-      tap=lambda layer, x_BTD: _noted(x_BTD, rows_LSD[layer]),
+      tap=lambda layer, x_BTD, part: _noted(x_BTD, rows[part][layer]),
     )
     log_p = jax.nn.log_softmax(decoder.head(params, x_BTD), axis=-1)
     return _of(-log_p, targets_BT).mean()
 
-  grads, noted_LSD = jax.grad(loss, (0, 1))(params, jnp.zeros([most, 2, width]))
+  rows = {part: jnp.zeros([most, 3]) for part in ('', *states(cache))}
+  grads, noted = jax.grad(loss, (0, 1))(params, rows)
   norms = {
     _name(path): jnp.sqrt((g * g).sum())
     for path, g in jax.tree_util.tree_leaves_with_path(grads)
   }
-  return norms, (noted_LSD[:, 0, 0], jnp.sqrt(noted_LSD[:, 1].mean(-1)))
+  return norms, noted
 
 
 @jax.custom_vjp
-def _noted(x_BTD, row_SD):
-  """x itself; the cotangent of `row` is 1 and each channel's variance.
+def _noted(x_BTD, row):
+  """x itself; the cotangent of `row` is 1, variance and mean square.
 
   Layers run inside a scan, of which nothing but a gradient comes out.
   """
-  del row_SD
+  del row
   return x_BTD
 
 
-def _noted_forward(x_BTD, row_SD):
-  return _noted(x_BTD, row_SD), x_BTD
+def _noted_forward(x_BTD, row):
+  return _noted(x_BTD, row), x_BTD
 
 
 def _noted_backward(x_BTD, g_BTD):
-  variance_D = x_BTD.astype(jnp.float32).var((0, 1))
-  return g_BTD, jnp.stack([jnp.ones_like(variance_D), variance_D])
+  x32 = x_BTD.astype(jnp.float32)
+  variance, square = x32.var((0, 1)).mean(), (x32 * x32).mean()
+  return g_BTD, jnp.stack([jnp.ones([]), variance, square])
 
 
 _noted.defvjp(_noted_forward, _noted_backward)

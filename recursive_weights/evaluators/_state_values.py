@@ -110,17 +110,17 @@ def measure(
     reader.gradients(params, empty, text_BT, targets_BT)
   )
   values |= _of_gradients(list(second['after']), norms)
-  values |= _of_hidden(*hidden)
+  values |= _of_hidden(hidden)
   return values, controls
 
 
 def _of_answers(first, second, halves, classes):
-  """Loss, entropy over ln V, and how sure and how various answers are."""
+  """Loss, entropy over ln(V - 1), how sure and how various answers are."""
   both = {k: np.concatenate([first[k], second[k]]) for k in _ANSWERS}
   there = np.unique(np.concatenate([targets for _, targets in halves]))
   found = {
     'loss': both['loss'].mean(),
-    'output_entropy': both['entropy'].mean() / np.log(classes),
+    'output_entropy': both['entropy'].mean() / np.log(classes - 1),
     'top': both['top'].mean(),
     'distinct': len(np.unique(both['choice'])) / len(there),
   }
@@ -134,6 +134,7 @@ def _describe(before, after):
   return {
     'rms': _state_measures.rms(after[-1]),
     'entropy': _state_measures.entropy(after[-1]),
+    'evenness': _state_measures.evenness(after[-1]),
     'top1': top1,
     'top5': top5,
     'saturation': _state_measures.saturation(after[-1]),
@@ -208,11 +209,18 @@ def _of_gradients(components, norms):
   return values
 
 
-def _of_hidden(seen_L, std_L):
-  """Spread of hidden states after each layer, and from layer to layer."""
-  std_L = std_L[seen_L > 0]
-  ratio_L = (std_L[1:] / np.maximum(std_L[:-1], 1e-30)) ** 2
+def _of_hidden(hidden):
+  """Spread over tokens of hidden states and of what components put out."""
   values: Values = {}
-  _add(values, 'activation', 'layer', std_L)
-  _add(values, 'variance_ratio', 'layer', ratio_L)
+  for part, noted_LS in hidden.items():
+    seen_L, variance_L, square_L = noted_LS.T
+    there = seen_L > 0
+    variance_L, square_L = variance_L[there], square_L[there]
+    if part:
+      spread_L = np.sqrt(variance_L / np.maximum(square_L, 1e-30))
+      _add(values, 'spread', part, spread_L)
+    else:
+      ratio_L = variance_L[1:] / np.maximum(variance_L[:-1], 1e-30)
+      _add(values, 'activation', 'layer', np.sqrt(variance_L))
+      _add(values, 'variance_ratio', 'layer', ratio_L)
   return values

@@ -208,7 +208,7 @@ def _whole(values, untrained, survives, counted):
     ),
   }
   result: dict[str, dict[str, float]] = {k: {'': x} for k, x in found.items()}
-  result['initial_state_entropy'] = untrained.get('entropy', {})
+  result['initial_evenness'] = untrained.get('evenness', {})
   return result
 
 
@@ -226,6 +226,7 @@ def _metrics(verdicts, values):
     ('memory', 'memory', min),
     ('contribution', 'contribution', min),
     ('gradient_share', 'gradient_share', min),
+    ('activation', 'spread', min),
   ):
     by_component: dict[str, list[float]] = {}
     for place, value in values.get(measure, {}).items():

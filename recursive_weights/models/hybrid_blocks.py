@@ -36,8 +36,8 @@ class Kind(NamedTuple):
 
   init: `(key, layer) -> params`.
   start: `batch_size -> cache`, the batch first in every leaf.
-  apply: `(params, cache, x_BTD, place_BT, key) -> (x_BTD, parts)`; `key` is for
-    dropout.
+  apply: `(params, cache, x_BTD, place_BT, key, tap) -> (x_BTD, parts)`; `key`
+    is for dropout, `tap(y_BTD, part) -> y_BTD` sees what a recurrence puts out.
   commit: `(cache, parts, place_BT, length_B) -> cache`.
   """
 
@@ -182,7 +182,7 @@ def _rwkv6(**f):
       'channel': rwkv6.channel_start(batch_size, width),
     }
 
-  def apply(params, cache, x, place, key):
+  def apply(params, cache, x, place, key, tap):
     y, time_parts = rwkv6.time_mix(
       params['time'],
       cache['time'],
@@ -190,6 +190,7 @@ def _rwkv6(**f):
       place,
       **time['apply'],
     )
+    y = tap(y, 'rwkv6/time')
     x = _residual(f, 'before_time', params, x, y, key, 0)
     y, channel_parts = rwkv6.channel_mix(
       params['channel'],
@@ -225,7 +226,7 @@ def _mamba2(**f):
   def start(batch_size):
     return mamba2.start(batch_size, width, **ssm['start'])
 
-  def apply(params, cache, x, place, key):
+  def apply(params, cache, x, place, key, tap):
     y, parts = mamba2.apply(
       params['ssm'],
       cache,
@@ -233,6 +234,7 @@ def _mamba2(**f):
       place,
       **ssm['apply'],
     )
+    y = tap(y, 'mamba2')
     return _residual(f, 'before_ssm', params, x, y, key, 0), parts
 
   def commit(cache, parts, place, length_B):
@@ -266,7 +268,8 @@ def _attention(**f):
       dtype=f['dtype'],
     )
 
-  def apply(params, cache, x, place, key):
+  def apply(params, cache, x, place, key, tap):
+    del tap
     y, parts = causal_attention.apply(
       params['attention'],
       cache,
@@ -300,7 +303,7 @@ def _hybrid(**f):
       'ssm': mamba2.start(batch_size, width, **ssm['start']),
     }
 
-  def apply(params, cache, x, place, key):
+  def apply(params, cache, x, place, key, tap):
     n = norm(params['before_mix']['norm'], x)
     a, time_parts = rwkv6.time_mix(
       params['time'], cache['time'], n, place, **time['apply']
@@ -308,6 +311,7 @@ def _hybrid(**f):
     b, ssm_parts = mamba2.apply(
       params['ssm'], cache['ssm'], n, place, **ssm['apply']
     )
+    a, b = tap(a, 'hybrid/time'), tap(b, 'hybrid/ssm')
     y = fusion.apply(params['fusion'], f['fusion'], a, b)
     x = _residual(f, 'before_mix', params, x, y, key, 0)
     y = _mlp(params['mlp'], norm(params['before_mlp']['norm'], x))

@@ -177,12 +177,17 @@ def make(
         kind = kinds[name]
         weights, state = _index(stacks[name], len(found[name]))
         layer = first + index * len(letters) + j
+
+        def see(y_BTD, part, layer=layer):
+          return y_BTD if tap is None else tap(layer, y_BTD, part)
+
         layer_key = None if key is None else jax.random.fold_in(key, layer)
-        x_BTD, parts = kind.apply(weights, state, x_BTD, place_BT, layer_key)
+        x_BTD, parts = kind.apply(
+          weights, state, x_BTD, place_BT, layer_key, see
+        )
         whole = kind.commit(state, parts, place_BT, all_B)
         found[name].append((whole, parts))
-        if tap is not None:
-          x_BTD = tap(layer, x_BTD)
+        x_BTD = see(x_BTD, '')
       return x_BTD, {
         name: jax.tree.map(lambda *x: jnp.stack(x), *trees)
         for name, trees in found.items()

@@ -94,6 +94,20 @@ def dead_ssm(params):
   return edited(params, 'ssm', out=zero)
 
 
+def constant(model, component):
+  """The model where a half puts out its mean, the same for every token."""
+
+  def blocks(*args, tap=None, **fields):
+    def averaged(layer, x_BTD, part):
+      if part == component:
+        x_BTD = x_BTD.mean((0, 1), keepdims=True) + 0 * x_BTD
+      return x_BTD if tap is None else tap(layer, x_BTD, part)
+
+    return model.decoder.blocks(*args, tap=averaged, **fields)
+
+  return model._replace(decoder=model.decoder._replace(blocks=blocks))
+
+
 BROKEN = {
   frozen_time: ('G3.5', 'FAIL update hybrid/time'),
   frozen_ssm: ('G3.5', 'FAIL update hybrid/ssm'),
@@ -104,6 +118,7 @@ BROKEN = {
   dead_time: ('G3.6', 'FAIL contribution hybrid/time'),
   dead_ssm: ('G3.6', 'FAIL contribution hybrid/ssm'),
 }
+COMPONENTS = ('hybrid/time', 'hybrid/ssm')
 
 
 @pytest.mark.long
@@ -112,13 +127,25 @@ def test_trained_hybrids_pass_and_broken_ones_fail(tmp_path):
   model = build.build_model(made.config, made.tasks[0])
   dispatch = jax.jit(make_dispatch(made.make_step(None)), donate_argnums=0)
   init = jax.jit(made.init)
-  evaluate = state_gates.make(
-    model, made.tasks[0], None, batch_size=ROWS, output_dir=str(tmp_path)
-  )
 
-  def report(params):
-    evaluate(params, jax.random.key(7))
-    return json.loads((tmp_path / 'gates.json').read_text())['gates']
+  def judge(model):
+    evaluate = state_gates.make(
+      model,
+      made.tasks[0],
+      None,
+      batch_size=ROWS,
+      output_dir=str(tmp_path),
+      layers=False,
+    )
+
+    def report(params):
+      evaluate(params, jax.random.key(7))
+      return json.loads((tmp_path / 'gates.json').read_text())['gates']
+
+    return report
+
+  report = judge(model)
+  constants = {name: judge(constant(model, name)) for name in COMPONENTS}
 
   for seed in (3, 4, 5):
     task = build.build_task(made.config, seed)
@@ -134,3 +161,7 @@ def test_trained_hybrids_pass_and_broken_ones_fail(tmp_path):
       assert gates[gate]['verdict'] == 'FAIL', change.__name__
       reasons = gates[gate]['reasons']
       assert any(x.startswith(reason) for x in reasons), (change, reasons)
+    for name, report_constant in constants.items():
+      reasons = report_constant(state.params)['G3.6']['reasons']
+      wanted = f'FAIL spread {name}'
+      assert any(x.startswith(wanted) for x in reasons), reasons

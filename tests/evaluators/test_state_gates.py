@@ -9,8 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from recursive_weights.evaluators import _ngrams, _state_texts, state_gates
+from recursive_weights.evaluators import (
+  _ngrams,
+  _state_reading,
+  _state_texts,
+  _state_values,
+  _verdicts,
+  state_gates,
+)
 from recursive_weights.interfaces import UserError
+from recursive_weights.models import hybrid_lm
 from recursive_weights.recursion import objective
 from recursive_weights.tasks import domains, parity, text
 from tests import tiny_hybrid
@@ -109,16 +117,19 @@ def forgetful(params):
   return edited(params, 'time', decay=zero, decay_bias=lambda x: 0 * x - 3)
 
 
+def same(x_LDF):
+  """Hidden states have a mean that all tokens share, see `shifted`."""
+  return x_LDF.mean(1, keepdims=True) + 0 * x_LDF
+
+
+def shifted(params):
+  return params | {'embedding': params['embedding'] + 2.0}
+
+
 def exploding(params):
   """Nothing is forgotten, and every token writes much the same."""
-
-  def same(x_LDF):
-    # Hidden states have a mean that all tokens share.
-    return x_LDF.mean(1, keepdims=True) + 0 * x_LDF
-
-  table = params['embedding'] + 2.0
   return edited(
-    params | {'embedding': table},
+    shifted(params),
     'time',
     decay=zero,
     decay_bias=lambda x: 0 * x + 40,
@@ -129,6 +140,11 @@ def exploding(params):
 
 def silent(params):
   return edited(params, 'ssm', out=zero)
+
+
+def constant(params):
+  """It puts out the same whatever the token."""
+  return edited(shifted(params), 'ssm', query=same, key=same, value=same)
 
 
 @pytest.fixture(scope='module')
@@ -156,6 +172,8 @@ BROKEN = [
   (forgetful, 'G3.5', 'half_life hybrid/time'),
   (exploding, 'G3.5', 'growth hybrid/time'),
   (silent, 'G3.6', 'contribution hybrid/ssm'),
+  (silent, 'G3.6', 'spread hybrid/ssm'),
+  (constant, 'G3.6', 'spread hybrid/ssm'),
 ]
 
 
@@ -184,6 +202,30 @@ def test_a_broken_model_fails_the_gate_that_says_why(
   assert found[f'gates/{gate}'] == 2
   reasons = report['gates'][gate]['reasons']
   assert any(r.startswith(f'FAIL {measure}') for r in reasons), reasons
+
+
+@pytest.mark.parametrize('width', [48, 256, 512])
+def test_an_untrained_model_passes_whatever_its_width(width):
+  """Its tied head repeats the token just read, more so the wider it is."""
+  tokens, rows = 60, 2
+  fields = {'head_width': 16, 'state_width': 16, 'chunk': 16}
+  d = hybrid_lm.decoder(tokens, pattern='M', layers=2, width=width, **fields)
+  read = _state_reading.make(d).read
+  params = d.init(jax.random.key(0))
+  batch = np.random.default_rng(0).integers(tokens, size=(rows, 33))
+  halves = _state_values.halves_of(batch, 16)
+
+  def verdict(params):
+    cache, first = read(params, d.cache(params, rows), *halves[0])
+    _, second = read(params, cache, *halves[1])
+    answers = _state_values._of_answers(first, second, halves, tokens)
+    found = {'initial_entropy': answers['output_entropy']}
+    gates = _verdicts.judge(found, _verdicts.bounds({}))
+    return gates['G2']['verdict']
+
+  assert verdict(params) == 'PASS'
+  table = params['embedding']['table']
+  assert verdict(params | {'embedding': {'table': 50 * table}}) == 'FAIL'
 
 
 def test_health_is_not_read_off_the_other_component(judged):

@@ -37,6 +37,11 @@ def softmax_entropy(s):
   return -(p * np.log(p)).sum() / np.log(s.size)
 
 
+def even(s):
+  p = (s**2 / (s**2).sum()).ravel()
+  return np.exp(-(p * np.log(p)).sum()) / p.size
+
+
 def share(count):
   def function(s):
     values = np.linalg.svd(s, compute_uv=False)
@@ -52,6 +57,7 @@ def test_measures_are_their_formulas():
   pairs = [
     (_state_measures.rms(s), by_head(lambda x: np.sqrt((x**2).mean()), s)),
     (_state_measures.entropy(s), by_head(softmax_entropy, s)),
+    (_state_measures.evenness(s), by_head(even, s)),
     (top1, by_head(share(1), s)),
     (top5, by_head(share(5), s)),
     (
@@ -84,6 +90,21 @@ def test_extremes():
   for size in (1e-4, 1.0, 1e4):
     found = float(_state_measures.entropy(size * wide))
     assert found == pytest.approx(1 - 0.5 / math.log(4096), abs=4e-3)
+  # Evenness as its docstring has it.
+  for size in (16, 64):
+    square = RNG.normal(size=(100, size, size)).astype(np.float32)
+    pair = square[:, 0, :, None] * square[:, 1, None, :]
+    same = np.ones((4, size, size), np.float32)
+    one = np.zeros((4, size, size), np.float32)
+    one[:, 1, 2] = -3
+    for state, wanted in (
+      (square, 0.482),
+      (pair, 0.23),
+      (same, 1),
+      (one, size**-2),
+    ):
+      found = _state_measures.evenness(state).mean()
+      assert found == pytest.approx(wanted, rel=0.15)
   wide[0, 0] = 1e3
   assert float(_state_measures.entropy(wide)) < 1e-3
   # One entry of 26 is the most that can exceed five times the root mean square.
@@ -193,11 +214,12 @@ def test_read_gives_neighbouring_states_and_losses(reader):
         np.testing.assert_allclose(
           found['before'][name][t // 4], old, 1e-4, 1e-5
         )
-      np.testing.assert_allclose(
-        found['entropy'][t // 4, :, 3],
-        -(np.exp(log_p) * log_p).sum(-1),
-        rtol=1e-4,
-      )
+      for row, read in enumerate(tokens_BT[:, t]):
+        p = np.delete(np.exp(log_p[row]), read)
+        p /= p.sum()
+        assert found['entropy'][t // 4, row, 3] == pytest.approx(
+          -(p * np.log(p)).sum(), rel=1e-4
+        )
       assert (found['choice'][t // 4, :, 3] == log_p.argmax(-1)).all()
   loss_SBT = np.asarray(found['loss'])
   np.testing.assert_allclose(
@@ -210,10 +232,10 @@ def test_gradients_and_hidden_states(reader):
   tokens_BT = RNG.integers(9, size=(3, 13))
   inputs_BT, targets_BT = tokens_BT[:, :12], tokens_BT[:, 1:]
   d, empty = tiny_hybrid.decoder, tiny_hybrid.cache(params, 3)
-  norms, (seen, std) = jax.device_get(
+  norms, noted = jax.device_get(
     reader.gradients(params, empty, inputs_BT, targets_BT)
   )
-  hidden = []
+  hidden = {}
 
   def loss(params):
     x, _ = d.blocks(params, empty, d.embed(params, inputs_BT))
@@ -224,19 +246,20 @@ def test_gradients_and_hidden_states(reader):
   for path, g in jax.tree_util.tree_leaves_with_path(wanted):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     np.testing.assert_allclose(norms[name], np.linalg.norm(g), rtol=1e-4)
-  for layer in range(2):
-    # What stands after a layer, by a tap that lets nothing on after it.
-    def only(index, x, layer=layer):
-      jax.debug.callback(
-        lambda i, x: hidden.append(x) if i == layer else None, index, x
-      )
-      return x
 
-    d.blocks(params, empty, d.embed(params, inputs_BT), tap=only)
-    jax.effects_barrier()
-    x = np.float64(hidden[-1])
-    assert std[layer] == pytest.approx(np.sqrt(x.var((0, 1)).mean()), rel=1e-4)
-  assert (seen == [1, 1, 0, 0][: len(seen)]).all()
+  def keep(layer, x, part):
+    jax.debug.callback(
+      lambda i, x: hidden.setdefault((part, int(i)), np.float64(x)), layer, x
+    )
+    return x
+
+  d.blocks(params, empty, d.embed(params, inputs_BT), tap=keep)
+  jax.effects_barrier()
+  assert len(hidden) == 2 * len(noted)
+  for (part, layer), x in hidden.items():
+    wanted = 1, x.var((0, 1)).mean(), (x * x).mean()
+    np.testing.assert_allclose(noted[part][layer], wanted, rtol=1e-4)
+  assert all((x[2:] == 0).all() for x in noted.values())
 
 
 def test_silenced_is_without_that_part():

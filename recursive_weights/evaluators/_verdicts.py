@@ -16,7 +16,8 @@ LOW, HIGH = -1e30, 1e30
 
 # By measure (fail below, warn below, warn above, fail above). Set on three
 # trained hybrids (heads of 16, 400 steps) and broken ones of them: between the
-# two where a measure tells them apart, else around the healthy ones.
+# two where a measure tells them apart, else around the healthy ones. None is
+# of a kind that follows the width or the size of heads.
 BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'round_trip': (1.0, 1.0, HIGH, HIGH),
   'finite': (1.0, 1.0, HIGH, HIGH),
@@ -25,7 +26,7 @@ BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'fall': (0.0, 0.1, HIGH, HIGH),
   'gradient_norm': (1e-3, 0.1, 3.0, 20.0),
   'growth': (-0.5, -0.3, 0.7, 0.75),
-  'evenness': (0.01, 0.02, 0.5, 0.8),
+  'evenness': (0.01, 0.02, 0.45, 0.7),
   'structure': (1.0, 1.5, HIGH, HIGH),
   'top1': (LOW, LOW, 0.82, 0.93),
   'saturation': (LOW, LOW, 0.02, 0.035),
@@ -35,7 +36,7 @@ BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'contribution': (1e-3, 0.01, HIGH, HIGH),
   'gradient_share': (0.03, 0.1, HIGH, HIGH),
   'phase_shift': (1e-3, 0.01, 5.0, 50.0),
-  'spread': (0.03, 0.1, HIGH, HIGH),
+  'spread': (0.1, 0.3, HIGH, HIGH),
   'activation': (0.01, 0.05, HIGH, HIGH),
   'variance_ratio': (0.01, 0.1, 10.0, 100.0),
   'measured': (1.0, 1.0, HIGH, HIGH),

@@ -51,6 +51,8 @@ def make(
                        writes add up at random and 1 where all are the same and
                        nothing is forgotten
     entropy            of the softmax of a head's N = K V entries, over ln N
+    evenness           share of a head's entries that hold it: .48 of a Gaussian
+                       state and 1 / N of a single entry, whatever N
     top1, top5         share of the largest singular values of a head
     structure          top1 over top1 of a random state
     saturation         share of entries beyond 5 rms
@@ -60,6 +62,8 @@ def make(
                        parameters, so the same for any recurrence
     selection          how much the decays depend on the text
     contribution       rise of the loss where the layer's component puts out 0
+    spread             standard deviation over tokens of what it puts out, over
+                       its root mean square: 0 where that is always the same
 
   for every component `contribution` with all its layers at once, `memory` (rise
   of the loss of the chunk after half of the text where the state handed to it
@@ -68,25 +72,27 @@ def make(
   state-space parameters, `phase_shift` (mean norm for parameters that decide
   what is remembered, over that for the others), `activation` (standard
   deviation of hidden states after each layer) and its `variance_ratio` from
-  layer to layer, mean probability of the likeliest token and the number of
-  distinct ones over those of the text, and the loss beside that of counts of
-  one and two tokens.
+  layer to layer, the entropy of predictions over ln(V - 1), mean probability of
+  the likeliest token and the number of distinct ones over those of the text,
+  and the loss beside that of counts of one and two tokens. The entropy is that
+  of tokens other than the one just read: a tied head of width D begins with a
+  logit of .02 D for that one, with nothing wrong.
 
   Two controls stand beside: `random`, the same with Gaussian states of the same
   size, and `untrained`, a fresh initialisation of the same model.
 
   Gates are functions of these and of `bounds` alone (`_verdicts`): G0 the text
-  survives its tokens, G1 outputs are finite, G2 entropies of the untrained
-  model, G3 loss below the untrained model's and gradient norm, G3.5 states,
-  G3.6 components, G4 everything could be measured and outputs have not
-  collapsed, G5 the loss is below that of counts of two tokens (WARN: of one).
+  survives its tokens, G1 outputs are finite, G2 entropy of predictions and
+  evenness of states of the untrained model, G3 loss below the untrained model's
+  and gradient norm, G3.5 states, G3.6 components, G4 everything could be
+  measured and outputs have not collapsed, G5 the loss is below that of counts
+  of two tokens (WARN: of one).
 
-  Bounds are those of small hybrids with heads of 16 (`_verdicts.BOUNDS`). As
-  heads grow the shares of singular values shrink and entropy rises (of Gaussian
-  states .91 at N = 256, .93 at 1,024), so give your own `bounds` from models
-  that you know; without them verdicts are a guide. Nothing here judges
-  `memory`, `cosine`, `top5` and `rwkv_over_ssm`, which did not tell healthy
-  from broken.
+  Bounds (`_verdicts.BOUNDS`) were set on small hybrids with heads of 16; what
+  is judged does not depend on the size of heads, and models of other sizes and of
+  one kind of layer pass (`benchmarks/results/hybrid_gates.json`). Nothing here
+  judges `entropy`, `memory`, `cosine`, `top5` and `rwkv_over_ssm`, which did
+  not tell healthy from broken, or not in heads of another size.
 
   Cost, with `layers`: a forward pass over the texts for each component of each
   layer, as many for the untrained model at the first call, one backward pass,
@@ -111,8 +117,8 @@ def make(
   Returns:
     An evaluator with the keys `gates/GATE` (0 PASS, 1 WARN, 2 FAIL), and by
     component `gates/NAME/COMPONENT` for half_life_least, half_life_most,
-    update, selection (the worst layer's), memory, contribution and
-    gradient_share.
+    update, selection, activation (spread; the worst layer's all), memory,
+    contribution and gradient_share.
 
   Raises:
     UserError: the model is no language model, the task is no text, its held-out

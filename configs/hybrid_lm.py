@@ -54,8 +54,9 @@ Variants, joined by commas: `smoke` (seconds), and
   state     `fresh` (every chunk starts anew), `shuffled` (every chunk gets the
             state of another text), `curriculum` (chunks a quarter, then half)
   watch     `gates` (state health at every evaluation, and after a smoke run),
-            `plateau` (with rules that cut the learning rate and stop the run;
-            those on states speak only with gates: `plateau,gates`)
+            `plateau` (with rules that stop the run; at a plateau they say so,
+            for you to look, and with `m30` or `m125` they cut the learning rate
+            at up to three; those on states speak only with `plateau,gates`)
   text      `bytes`, `library` (sources of the standard library, ten times as
             much); any other by --config.task.path=FILE_OR_FOLDER
   sizes     `m8`, `m30`, `m125` (for GPUs)
@@ -319,6 +320,9 @@ def _watch(config, chosen):
   elif 'smoke' in chosen:  # compiling it takes as long as all the rest
     del config.evaluators.after.state_gates
   if 'plateau' in chosen:
-    config.early_stopping.rules = stopping.defaults()
+    # Small models are there to be understood, so a person looks at each plateau
+    # (0); those for which that has been done train through three.
+    budget = 3 if chosen & {'m30', 'm125'} else 0
+    config.early_stopping.rules = stopping.defaults() | {'budget': budget}
     # Rules speak after some evaluations.
     config.training.evaluate_every = min(config.training.evaluate_every, 40)

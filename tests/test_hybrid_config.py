@@ -65,6 +65,12 @@ def test_smoke_keeps_what_other_variants_choose():
   assert plain.model.anchors == () and plain.task.curriculum == ()
 
 
+def test_small_models_ask_at_a_plateau_and_large_ones_go_on():
+  for size, budget in (('', 0), ('m8,', 0), ('m30,', 3), ('m125,', 3)):
+    rules = hybrid_lm.get_config(size + 'plateau').early_stopping.rules
+    assert rules.budget == budget
+
+
 def test_large_matrices_decay_wherever_they_are():
   groups = hybrid_lm.get_config().optimizer.groups
   params = {

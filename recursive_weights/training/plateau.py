@@ -91,9 +91,10 @@ def judge(
   In this order: `diverged` (not finite), `oscillation`, `divergence` (early),
   `early`, `overfit`, `probe` stop or let go on; then `improving` and `short`
   continue. On a plateau `slow` (still falling) continues, `flat` stops,
-  `heartbeat` (small new minima) continues, `budget` stops, `examine` asks,
-  `extra` waits after a cut, `drops` and `noise` (the spread exceeds the
-  improvement, after a cut) stop, and `cut` lowers the learning rate.
+  `heartbeat` (new minima, lower by a tenth of the tolerance or more) continues,
+  `budget` stops, `examine` asks, `extra` waits after a cut, `drops` stops, and
+  so does `noise` (a window after a cut, two standard errors of its gain exceed
+  both the gain and the tolerance); `cut` lowers the learning rate.
 
   Args:
     history: lines of metrics.jsonl; those without `validation` only tell of the
@@ -200,7 +201,8 @@ def _on_plateau(steps, values, since, past, rules):
   if quiet / step > rules.flat:
     return _stop('flat', f'{quiet / step:.1%} of the run without slope'), past
   half = len(later) // 2
-  if half and later[half:].min() < min(later[:half].min(), past.best):
+  dip = past.best * (1 - rules.tolerance / 10)
+  if half and later[half:].min() < min(later[:half].min(), dip):
     return Verdict('continue', 'heartbeat', 'there are new, lower dips'), past
   if 0 < rules.budget < past.plateaus:
     return _stop('budget', f'plateau {past.plateaus}'), past
@@ -211,13 +213,28 @@ def _on_plateau(steps, values, since, past, rules):
     return Verdict('continue', 'extra', 'the learning rate was cut'), past
   if len(past.cuts) >= rules.drops:
     return _stop('drops', f'{len(past.cuts)} cuts without a gain'), past
-  recent = values[-rules.window :]
-  gain = (recent[0] - recent[-1]) / (len(recent) - 1)
-  if past.cuts and recent.var() > max(gain, 0.0):
-    reason = f'variance {recent.var():.2g}, mean improvement {gain:.2g}'
-    return _stop('noise', reason), past
+  if past.cuts:
+    reason = _noise(later, steps[on] > past.cuts[-1], past.best, rules)
+    if reason:
+      return _stop('noise', reason), past
   past = past._replace(cuts=(*past.cuts, step))
   return Verdict('cut', 'cut', f'learning rate times {rules.cut}'), past
+
+
+def _noise(values, after, best, rules):
+  """Why no gain of the latest cut could be seen, '' where one could be.
+
+  The gain is what the mean over a window fell by, its noise two standard errors
+  of that. Noise below what counts as an improvement hides none.
+  """
+  if after.sum() < rules.window:
+    return ''
+  old, new = (values[x][-rules.window :] for x in (~after, after))
+  gain = old.mean() - new.mean()
+  noise = 2 * math.sqrt(old.var() / len(old) + new.var() / len(new))
+  if noise <= max(gain, rules.tolerance * best):
+    return ''
+  return f'a cut gained {gain:.2g}, which may be off by {noise:.2g}'
 
 
 def _stop(rule, reason):

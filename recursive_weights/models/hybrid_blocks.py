@@ -109,6 +109,7 @@ def _ssm_fields(f):
     'init': shape
     | {
       'layers': f['layers'],
+      'half_life': f['half_life'],
       'learned_initial': f['initial'] == 'learned',
       'state_norm': f['state_norm'],
     },

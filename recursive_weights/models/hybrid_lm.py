@@ -88,8 +88,10 @@ def make(
     anchors: numbers of layers, from 0, that are attention instead.
     width: D.
     head_width: K of RWKV-6's and attention's heads, P of Mamba-2's.
-    mix_rank, decay_rank, half_life, grounding, learned_grounding: of the time
-      mix, see `rwkv6.time_init`.
+    mix_rank, decay_rank, grounding, learned_grounding: of the time mix, see
+      `rwkv6.time_init`.
+    half_life: of every state at the start, from the first to the last channel
+      of the time mix and head of Mamba-2; () for the published ones.
     state_width, expand, groups, conv_width: of Mamba-2, see `mamba2.init`.
     window: M, tokens that attention sees, the own one included.
     expansion: hidden width of the mlp over D.
@@ -110,12 +112,19 @@ def make(
       logits are float32.
 
   Raises:
-    UserError: an argument is out of range, or the task is not about text.
+    UserError: an argument is out of range or used by no layer, or the task is
+      not about text.
   """
   dtype = jnp.dtype(dtype)
   fields = dict(locals())
   _check(spec, fields)
   letters = _layers(pattern, layers, anchors)
+  for name, users in (('half_life', 'RMH'), ('learned_grounding', 'RH')):
+    if fields[name] and not set(letters) & set(users):
+      raise UserError(
+        f'{name} = {fields[name]} needs a layer among {users}, got pattern '
+        f'{pattern!r}: leave it out'
+      )
   kinds = hybrid_blocks.make(letters, **fields)
   segments = plan(letters)
   vocabulary = spec.classes

@@ -495,6 +495,12 @@ def test_sizes_are_what_they_are_called():
     ({'grounding': 1.0}, 'grounding must lie'),
     ({'learned_grounding': True}, 'learned_grounding needs'),
     ({'half_life': (1.0,)}, 'half_life must be'),
+    ({'half_life': (1.0, 0.0), 'pattern': 'M'}, 'half_life must be'),
+    ({'half_life': (1.0, 9.0), 'pattern': 'A'}, 'needs a layer among RMH'),
+    (
+      {'learned_grounding': True, 'grounding': 0.5, 'pattern': 'M'},
+      "needs a layer among RH, got pattern 'M'",
+    ),
     ({'gamma': -1.0}, 'gamma must be'),
     ({'dropout': 1.0}, 'dropout must lie'),
     ({'chunk': 3}, 'chunk must be a power of two'),

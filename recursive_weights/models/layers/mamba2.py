@@ -3,7 +3,8 @@
   [z, x, B, C, dt] = u W_in
   [x, B, C] = silu(conv([x, B, C]))             causal, depthwise
   dt  = softplus(dt + dt_bias),  A = -exp(a_log)
-  S_t = exp(dt_t A) S_(t-1) + dt_t B_t x_t^T    per head
+  S_t = exp(dt_t A) S_(t-1) + dt_t B_t x_t^T    per head, half-life
+                                                ln 2 / (dt_t exp(a_log))
   y_t = S_t^T C_t + skip x_t
   out = (rms(y * silu(z)) * norm) W_out         norm over each group
 
@@ -30,6 +31,7 @@ def init(
   state_width: int = 64,
   groups: int = 1,
   conv_width: int = 4,
+  half_life: tuple[float, float] | tuple[()] = (),
   learned_initial: bool = False,
   state_norm: int = 0,
 ) -> Tree:
@@ -43,6 +45,9 @@ def init(
     state_width: N, entries of B and C.
     groups: of B and C, which the heads of a group share.
     conv_width: taps of the convolution.
+    half_life: of the first and the last head's memory, in tokens, spaced by
+      equal ratios, at the dt of a token to which W_in adds nothing: dt_bias
+      follows from A; () for the published dt_bias.
     learned_initial: what stands before a document (state, tokens under the
       convolution) is a parameter.
     state_norm: groups of StateNorm, see `matrix_state`; 0 for none.
@@ -67,34 +72,33 @@ def init(
     )
   heads = inner // head_width
   convolved = inner + 2 * groups * state_width
-  keys = iter(jax.random.split(key, 7))
+  keys = jax.random.split(key, 7)
   log_low, log_high = np.log(1e-3), np.log(0.1)
-  dt_H = jax.random.uniform(
-    next(keys), [heads], minval=log_low, maxval=log_high
-  )
+  dt_H = jax.random.uniform(keys[0], [heads], minval=log_low, maxval=log_high)
   dt_H = jnp.maximum(jnp.exp(dt_H), 1e-4)
+  a_H = jax.random.uniform(keys[4], [heads], minval=1.0, maxval=16.0)
+  if half_life:
+    dt_H = np.log(2) / (a_H * matrix_state.half_lives(half_life, heads))
   params = {
     'in': dense.uniform(
-      next(keys), (width, inner + convolved + heads), 1 / np.sqrt(width)
+      keys[1], (width, inner + convolved + heads), 1 / np.sqrt(width)
     ),
     'conv': {
       'kernel': dense.uniform(
-        next(keys), (conv_width, convolved), 1 / np.sqrt(conv_width)
+        keys[2], (conv_width, convolved), 1 / np.sqrt(conv_width)
       ),
-      'bias': dense.uniform(next(keys), (convolved,), 1 / np.sqrt(conv_width)),
+      'bias': dense.uniform(keys[3], (convolved,), 1 / np.sqrt(conv_width)),
     },
     # The inverse of the softplus.
     'dt_bias': dt_H + jnp.log(-jnp.expm1(-dt_H)),
-    'a_log': jnp.log(
-      jax.random.uniform(next(keys), [heads], minval=1.0, maxval=16.0)
-    ),
+    'a_log': jnp.log(a_H),
     'skip': jnp.ones([heads]),
     'norm': jnp.ones([inner]),
-    'out': dense.uniform(next(keys), (inner, width), 1 / np.sqrt(inner))
+    'out': dense.uniform(keys[5], (inner, width), 1 / np.sqrt(inner))
     / np.sqrt(layers),
   }
   state = matrix_state.init(
-    next(keys),
+    keys[6],
     (heads, state_width, head_width),
     learned=learned_initial,
     groups=state_norm,

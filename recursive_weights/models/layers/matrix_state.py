@@ -68,6 +68,23 @@ def init(
   return params
 
 
+def half_lives(half_life: tuple[float, float], count: int) -> Array:
+  """Tokens until a half is forgotten, `[count]`, spaced by equal ratios.
+
+  Args:
+    half_life: the first and the last of them.
+
+  Raises:
+    ValueError: they are not two positive numbers.
+  """
+  if len(half_life) != 2 or min(half_life) <= 0:
+    raise ValueError(
+      f'half_life must be () or two numbers > 0, got {half_life}'
+    )
+  first, last = half_life
+  return first * (last / first) ** jnp.linspace(0, 1, count)
+
+
 def norm(gain_HKV: Array, state_BHKV: Array, groups: int) -> Array:
   """N of the module, float32."""
   flat = state_BHKV.reshape(*state_BHKV.shape[:2], groups, -1)

@@ -85,10 +85,6 @@ def time_init(
     )
   if not 0 <= grounding < 1:
     raise ValueError(f'grounding must lie in [0, 1), got {grounding}')
-  if half_life and (len(half_life) != 2 or min(half_life) <= 0):
-    raise ValueError(
-      f'half_life must be () or two numbers > 0, got {half_life}'
-    )
   heads = width // head_width
   keys = iter(jax.random.split(key, 8))
   depth, rest = _depth(layer, layers)
@@ -97,8 +93,7 @@ def time_init(
   square = (width, width)
   decay_D = -6 + 5 * full_D ** (0.7 + 1.3 * depth)
   if half_life:
-    first, last = half_life
-    decay_D = jnp.log(np.log(2) / (first * (last / first) ** full_D))
+    decay_D = jnp.log(np.log(2) / matrix_state.half_lives(half_life, width))
   zigzag_D = ((jnp.arange(width) + 1) % 3 - 1) * 0.1
   params = {
     'mix_x': 1 - ramp_D**rest,

@@ -99,6 +99,31 @@ def test_steps_and_decays_start_where_they_were_published():
   np.testing.assert_array_equal(params['skip'], 1)
 
 
+def test_half_lives_are_those_asked_for():
+  """Of what a state keeps over tokens that write nothing."""
+  init = functools.partial(mamba2.init, width=D, half_life=(2.0, 512.0))
+  params = jax.jit(functools.partial(init, **SIZES))(jax.random.key(0))
+  a = np.exp(np.asarray(params['a_log']))
+  assert a.min() >= 1 and a.max() <= 16 and len(np.unique(a)) == HEADS
+  params['conv']['bias'] *= 0
+  cache = mamba2.start(1, D, **SIZES)
+  cache['state'] += 1.0
+  place_BT = 1 + jnp.arange(8, dtype=jnp.int32)[None]
+
+  @jax.jit
+  def after(length_B):
+    x_BTD = jnp.zeros([1, 8, D])
+    _, parts = mamba2.apply(params, cache, x_BTD, place_BT, groups=2, chunk=4)
+    return mamba2.commit(cache, parts, length_B)['state'][0]
+
+  for count in (2, 8):
+    kept = after(jnp.array([count]))
+    wanted_H = 0.5 ** (count / np.geomspace(2, 512, HEADS))
+    np.testing.assert_allclose(
+      kept, np.broadcast_to(wanted_H[:, None, None], kept.shape), rtol=1e-5
+    )
+
+
 def test_the_gate_of_the_convolution_is_silu_for_any_input():
   x = jnp.array([-1e4, -200.0, -88.0, -3.0, 0.0, 2.0, 90.0, 1e4])
 

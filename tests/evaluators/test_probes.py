@@ -394,6 +394,66 @@ def test_identity_counts_words_of_a_person(task, good):
   assert identity.share([], {'ship'}) == 0
 
 
+def test_identity_is_sure_of_words_and_of_what_a_story_says(task, good):
+  model, params = good
+  evaluate = identity.make(
+    model,
+    task,
+    LAST,
+    batch_size=8,
+    persons={'knight': 'sea arr arrow', 'pirate': 'sea'},
+    copies=1,
+    count=2,
+    noise=20,
+    control=False,
+  )
+  embed_VD, head_DV = (
+    np.asarray(params[name], np.float64) for name in ('embed', 'head')
+  )
+
+  def next_token(tokens):
+    """Log-probabilities by hand, from the boundary on."""
+    state_D = sum(0.9**i * embed_VD[t] for i, t in enumerate(tokens[::-1]))
+    logits_V = state_D @ head_DV
+    return logits_V - np.log(np.exp(logits_V).sum())
+
+  def begin(before, word):
+    """The probability that a text goes on with a word."""
+    tokens = [0, *task.text.encode(before)]
+    log_p = 0.0
+    for token in task.text.encode(word):
+      log_p += next_token(tokens)[token]
+      tokens.append(token)
+    return np.exp(log_p)
+
+  k, r = task.text.encode('kr')
+  for sign, recalled in ((20.0, 1), (-20.0, 0)):  # no r in what is told
+    bias = params['bias'].at[k].set(sign).at[r].set(-sign)
+    found = evaluate(params | {'bias': bias}, KEY)
+    assert found['identity/counter_fact'] == recalled
+  found = evaluate(params, KEY)
+  for kind, before in (('', 'i am a knight. '), ('_neutral', 'i am here. ')):
+    # A text that begins with arrow begins with arr.
+    wanted = begin(before, 'sea') + begin(before, 'arr')
+    np.testing.assert_allclose(
+      found[f'identity/knight_mass{kind}'], wanted, rtol=1e-4
+    )
+  log_p = next_token([0, *task.text.encode('i am a knight. ')])
+  entropy = -(np.exp(log_p) * log_p).sum()
+  np.testing.assert_allclose(
+    found['identity/knight_entropy'], entropy, rtol=1e-5
+  )
+  for name in ('knight', 'pirate'):
+    mass, entropy, ratio = (
+      found[f'identity/{name}_{kind}'] for kind in ('mass', 'entropy', 'ratio')
+    )
+    np.testing.assert_allclose(ratio, mass / entropy)
+  np.testing.assert_allclose(
+    2 * found['identity/mean_mass'],
+    found['identity/knight_mass'] + found['identity/pirate_mass'],
+  )
+
+
 @pytest.mark.parametrize(
   'module', [forgetting, identity, poison, recall, state_jitter, utilisation]
 )

@@ -59,7 +59,8 @@ Variants, joined by commas: `smoke` (seconds), and
             at up to three; those on states speak only with `plateau,gates`)
   text      `bytes`, `library` (sources of the standard library, ten times as
             much); any other by --config.task.path=FILE_OR_FOLDER
-  sizes     `m8`, `m30`, `m125` (for GPUs)
+  sizes     `m8`, `m30`, `m125` (for GPUs; with `smoke` a few short steps of the
+            whole model)
 """
 
 from recursive_weights import config as config_lib
@@ -212,7 +213,7 @@ def get_config(variant=None):
   }
   _size(config, chosen)
   if 'smoke' in chosen:
-    _smoke(config)
+    _smoke(config, chosen)
   _layers(config, chosen)
   _state(config, chosen)
   _watch(config, chosen)
@@ -238,11 +239,16 @@ def _size(config, chosen):
   config.training.update(steps=20_000, batch_size=64)
 
 
-def _smoke(config):
-  """Sizes of seconds; what the other variants choose follows from them."""
+def _smoke(config, chosen):
+  """Sizes of seconds; what the other variants choose follows from them.
+
+  A model for GPUs keeps its own, as those are what is to be tried.
+  """
   config.task.length = 8
-  config.model.update(layers=2, width=32, head_width=16, state_width=8)
-  config.model.update(mix_rank=4, decay_rank=4, chunk=4)
+  config.model.chunk = 4
+  if not chosen & set(SIZES):
+    config.model.update(layers=2, width=32, head_width=16, state_width=8)
+    config.model.update(mix_rank=4, decay_rank=4)
   config.training.update(
     steps=6, batch_size=8, steps_per_dispatch=2, report_every=2
   )

@@ -39,6 +39,27 @@ def test_sizes_are_what_they_are_called(variant, most):
   assert data['dtype'] == 'bfloat16'
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'size', ['m30', pytest.param('m125', marks=pytest.mark.long)]
+)
+def test_whole_models_for_gpus_take_two_steps(size):
+  whole, small = (
+    config.to_data(hybrid_lm.get_config(v)) for v in (size, f'{size},smoke')
+  )
+  assert small['model'] == whole['model'] | {'chunk': 4}
+  small['training']['batch_size'] = 2
+  experiment = build.build(small)
+  state = jax.jit(experiment.init)(np.int32(0))
+  step = jax.jit(experiment.make_step(None), donate_argnums=0)
+  losses = []
+  for index in range(2):
+    batch = experiment.tasks[0].batch('train', index, 2)
+    state, metrics = step(state, batch)
+    losses.append(float(metrics['loss']))
+  assert np.isfinite(losses).all() and losses[1] < losses[0]
+
+
 def test_sharing_layers_saves_their_matrices():
   whole, tied, derived = (
     parameters(variant)[0]

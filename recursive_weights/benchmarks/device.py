@@ -2,12 +2,18 @@
 
 import jax
 
-# Dense bfloat16 products, TFLOP/s, and memory, bytes/s, by a part of the name:
-# NVIDIA's data sheets of the SXM parts.
-LIMITS = {'H100': (989.0, 3.35e12), 'H200': (989.0, 4.8e12)}
+# By a part of the name: memory in GB/s, and TFLOP/s without sparsity by the
+# bytes of a number, float32 on no matrix unit. NVIDIA's data sheets, SXM parts.
+LIMITS = {
+  'H100': (3350.0, {2: 989.0, 4: 67.0}),
+  'H200': (4800.0, {2: 989.0, 4: 67.0}),
+}
 
 
-def limits() -> tuple[float, float]:
-  """TFLOP/s and bytes/s of the first device; zeros where they are not known."""
+def limits(itemsize: int = 2) -> tuple[float, float]:
+  """TFLOP/s and GB/s of the first device; 0 where they are not known."""
   kind = jax.devices()[0].device_kind
-  return next((both for name, both in LIMITS.items() if name in kind), (0, 0))
+  for name, (bandwidth, tflops) in LIMITS.items():
+    if name in kind:
+      return tflops.get(itemsize, 0.0), bandwidth
+  return 0.0, 0.0

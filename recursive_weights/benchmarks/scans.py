@@ -24,6 +24,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from recursive_weights.benchmarks import device
 from recursive_weights.scans import (
   chunks,
   delta_rule,
@@ -40,14 +41,6 @@ KERNELS = (
   'ssd',
   'selective',
 )
-
-# Memory in GB/s, and TFLOP/s without sparsity by the bytes of a number (float32
-# on no matrix unit, as `--precision highest` asks): NVIDIA's data sheets of the
-# H100 (SXM) and the H200.
-ROOFS = {
-  'NVIDIA H100 80GB HBM3': (3350.0, {2: 989.0, 4: 67.0}),
-  'NVIDIA H200': (4800.0, {2: 989.0, 4: 67.0}),
-}
 
 
 def build(kernel: str, size: argparse.Namespace, dtype: str):
@@ -114,11 +107,11 @@ def measure(function, inputs: list, repeats: int) -> dict:
 
 
 def roof(flags: argparse.Namespace, dtype: str) -> dict:
-  """What the device can do at most, None where unknown; flags go first."""
-  known = ROOFS.get(jax.devices()[0].device_kind, (None, {}))
+  """What the device can do at most, 0 where unknown; flags go first."""
+  tflops, bandwidth = device.limits(jnp.dtype(dtype).itemsize)
   return {
-    'peak_gb_per_s': flags.bandwidth or known[0],
-    'peak_tflops': flags.peak or known[1].get(jnp.dtype(dtype).itemsize),
+    'peak_gb_per_s': flags.bandwidth or bandwidth,
+    'peak_tflops': flags.peak or tflops,
   }
 
 

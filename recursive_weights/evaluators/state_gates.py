@@ -89,10 +89,10 @@ def make(
   of two tokens (WARN: of one).
 
   Bounds (`_verdicts.BOUNDS`) were set on small hybrids with heads of 16; what
-  is judged does not depend on the size of heads, and models of other sizes and of
-  one kind of layer pass (`benchmarks/results/hybrid_gates.json`). Nothing here
-  judges `entropy`, `memory`, `cosine`, `top5` and `rwkv_over_ssm`, which did
-  not tell healthy from broken, or not in heads of another size.
+  is judged does not depend on the size of heads, and models of other sizes and
+  of one kind of layer pass (`benchmarks/results/hybrid_gates.json`). Nothing
+  here judges `entropy`, `memory`, `cosine`, `top5` and `rwkv_over_ssm`, which
+  did not tell healthy from broken, or not in heads of another size.
 
   Cost, with `layers`: a forward pass over the texts for each component of each
   layer, as many for the untrained model at the first call, one backward pass,

@@ -29,7 +29,7 @@ def test_limits_are_of_the_device_or_of_flags(monkeypatch):
     flags = argparse.Namespace(bandwidth=bandwidth, peak=None)
     return tuple(scans.roof(flags, 'bfloat16').values())
 
-  assert limits() == (None, None)
+  assert limits() == (0.0, 0.0)
   gpu = types.SimpleNamespace(device_kind='NVIDIA H200')
   monkeypatch.setattr(jax, 'devices', lambda: [gpu])
   assert limits() == (4800.0, 989.0)

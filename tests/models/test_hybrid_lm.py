@@ -12,6 +12,7 @@ import pytest
 from recursive_weights import build
 from recursive_weights.derivation import compose, tree
 from recursive_weights.derivation.operators import residual
+from recursive_weights.evaluators import _state_reading
 from recursive_weights.interfaces import Spec, UserError
 from recursive_weights.models import decoder as decoder_lib
 from recursive_weights.models import derived, hybrid_lm
@@ -231,11 +232,12 @@ def test_every_parameter_learns_and_a_tap_that_looks_changes_nothing(name):
   p = problem(name)
   tokens, resets = text()
   count = (SMALL | CASES[name])['layers']
-  width = SMALL['width']
+  width, parts = SMALL['width'], set()
 
   def loss(params, weight_LD):
     def tap(layer, x_BTD, part):
-      if part:  # of a recurrence
+      parts.add(part)
+      if part:
         return x_BTD
       return x_BTD + weight_LD[layer][None, None]
 
@@ -263,6 +265,8 @@ def test_every_parameter_learns_and_a_tap_that_looks_changes_nothing(name):
     and not all(np.any(x) for x in (g if g.ndim > 1 else [g]))
   ]
   assert dead == []
+  # The tap met what every recurrence puts out.
+  assert parts == {'', *_state_reading.states(p.fresh)}
   # The tap met every layer by its number, and what it returned went on.
   assert all(np.any(x) for x in grads[1])
 

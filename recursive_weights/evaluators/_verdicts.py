@@ -16,8 +16,8 @@ LOW, HIGH = -1e30, 1e30
 
 # By measure (fail below, warn below, warn above, fail above). Set on three
 # trained hybrids (heads of 16, 400 steps) and broken ones of them: between the
-# two where a measure tells them apart, else around the healthy ones. None is
-# of a kind that follows the width or the size of heads.
+# two where a measure tells them apart, else around the healthy ones
+# (`benchmarks/results/hybrid_gates.json`, with those of other sizes).
 BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'round_trip': (1.0, 1.0, HIGH, HIGH),
   'finite': (1.0, 1.0, HIGH, HIGH),

@@ -20,7 +20,9 @@ class Limits(NamedTuple):
   selection: spread of the decays over texts; 0 where nothing is selected.
   half_life_least, half_life_most: tokens; a decay at 0 and one at 1.
   update: change of a state in a token; 0 where it is not updated.
-  gradient_share: of a component; 0 where its part of the model is constant.
+  gradient_share: of a component; 0 where nothing trains it.
+  activation: spread over tokens of what a component puts out; 0 where that is
+    constant.
 
   Source: GroundThink, entry 2.6.
   """
@@ -30,6 +32,7 @@ class Limits(NamedTuple):
   half_life_most: tuple[float, float] = (0.1, 1e5)
   update: tuple[float, float] = (1e-6, 1e9)
   gradient_share: tuple[float, float] = (1e-4, 1e9)
+  activation: tuple[float, float] = (1e-3, 1e9)
 
 
 # Which metrics `plateau.judge` reads.

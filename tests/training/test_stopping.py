@@ -120,6 +120,7 @@ def test_a_named_rule_ends_a_run(tmp_path, caplog):
     ('half_life_most', 'half_life_most', 200.0, 1e6),
     ('update', 'update', 0.2, 0.0),
     ('gradient_share', 'gradient_share', 0.4, 0.0),
+    ('activation', 'activation', 0.9, 1e-7),
     ('update', 'update', 0.2, None),
   ],
 )

@@ -43,8 +43,8 @@ Variants, joined by commas: `smoke` (seconds), and
   stories  `tracking` (who has which thing), `both`; codes alone without
   text     `mixed`: half of the rows are Python's language reference, so that
            one model recalls and writes
-  watch    `plateau`: rules cut the learning rate and stop the run, also where
-           what is recalled over 16 characters falls while the loss does; it is
+  watch    `plateau`: rules tell of a plateau and stop the run, also where what
+           is recalled over 16 characters falls while the loss does; it is
            measured at every evaluation, in all variants
 """
 
@@ -133,8 +133,10 @@ def get_config(variant=None):
     config.evaluators.after.update(PROBES)
   if 'plateau' in chosen:
     kind, distance = config.task.kinds[0], probe['distances'][0]
+    # As for other small models, a person looks at each plateau.
     config.early_stopping.rules = stopping.defaults() | {
-      'probe': f'recall/{kind}@{distance}'
+      'budget': 0,
+      'probe': f'recall/{kind}@{distance}',
     }
     config.training.evaluate_every = min(config.training.evaluate_every, 100)
   if 'plateau' in chosen or 'smoke' not in chosen:

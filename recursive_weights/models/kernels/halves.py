@@ -28,10 +28,9 @@ def make(
 
   Args:
     fused: True: kernels, and an error where sizes do not fit them; False: plain
-      halves; None: kernels where sizes fit, but for `cell`, on GPUs of the
-      Hopper generation, which the tiles are for. A program that the compiler
-      splits over several devices keeps the plain halves, which it knows how to
-      split.
+      halves; None: kernels where sizes fit, on GPUs of the Hopper generation,
+      which the tiles are for. A program that the compiler splits over several
+      devices keeps the plain halves, which it knows how to split.
     token, channel, over, constraint, cell: tiles of the kernels, `over` of
       attention, `cell` of a constraint half whose only family is 'cell'.
     interpret: run the kernels without a GPU, slowly; None: where there is none.
@@ -74,8 +73,8 @@ def make(
   def constraint_program(params, x_TBVD, *, families, box, pool):
     options = {'families': families, 'box': box, 'pool': pool}
     width, hidden = params['gate'].shape
-    # Only where asked for: no GPU has run this form of it yet.
-    if fused and cell_half.fits(width, hidden, families, pool):
+    by_cell = cell_half.fits(width, hidden, families, pool)
+    if by_cell and use(by_cell, x_TBVD):
       return cell_half.apply(
         params, x_TBVD, **options, tiles=cell, interpret=interpret
       )

@@ -61,14 +61,15 @@ attention, and on validation as good as either of its halves alone, within the
 spread; on the test RWKV-6 is as good too, and Mamba-2, which overfits first
 (1.414 on validation in the end), worse by .043 (.039). IT DOES NOT WIN. It
 learns sooner than RWKV-6 (1.396 against 1.549 after 200 steps), not than
-Mamba-2 (1.381). Of the thirteen questions above one is decided (by chance half a
-one would be): a warm-up of 300 steps is better than one of 100, on the test too
-(-.045 (.009)). The schedule ends with the run, so it also lowers the rate on
-the way. No anchor, half of the layers, a wider model, gamma 1, half or twice
+Mamba-2 (1.381). Of the thirteen questions above one is decided (by chance half
+a one would be): a warm-up of 300 steps is better than one of 100, on the test
+too (-.045 (.009)). The schedule ends with the run, so it also lowers the rate
+on the way. No anchor, half of the layers, a wider model, gamma 1, half or twice
 the state, a learned alpha or none, a tenth or thrice the rate of the decays or
 of the whole Mamba-2 half do as well on validation (a tenth for Mamba-2 is
-better on the test, by .030 (.020)). On another text (`second_text`: OpenStax, Introduction to Philosophy,
-CC BY 4.0, 1.2 million characters) the baseline has 1.223 +- .003.
+better on the test, by .030 (.020)). On another text (`second_text`: OpenStax,
+Introduction to Philosophy, CC BY 4.0, 1.2 million characters) the baseline has
+1.223 +- .003.
 
 Others hold out the whole last tenth as validation (nanoGPT has 1.47 there, with
 82 million characters and 10.6 million parameters). Of both halves together,

@@ -39,9 +39,9 @@ def evenness(state: Array) -> Array:
   """exp(H) / N, H = -sum p ln p with p = S^2 / sum S^2, of a head's N entries.
 
   The share of its entries that holds it, whatever N is: 1 for equal entries,
-  .48 for Gaussian ones, .23 for a product of two Gaussian vectors, 1 / N for a
-  single one. An exponential of entries, as in `entropy`, sees no more than the
-  few largest, and more so the larger N.
+  .48 for Gaussian ones, .23 for a product of two long Gaussian vectors (.27 for
+  16 values each), 1 / N for a single one. An exponential of entries, as in
+  `entropy`, sees no more than the few largest, and more so the larger N.
   """
   energy = (state * state).reshape(*state.shape[:-2], -1)
   p = energy / jnp.maximum(energy.sum(-1, keepdims=True), _TINY)

@@ -90,8 +90,8 @@ def test_extremes():
   for size in (1e-4, 1.0, 1e4):
     found = float(_state_measures.entropy(size * wide))
     assert found == pytest.approx(1 - 0.5 / math.log(4096), abs=4e-3)
-  # Evenness as its docstring has it.
-  for size in (16, 64):
+  # Evenness as its docstring has it, of states large enough for its limits.
+  for size in (64, 256):
     square = RNG.normal(size=(100, size, size)).astype(np.float32)
     pair = square[:, 0, :, None] * square[:, 1, None, :]
     same = np.ones((4, size, size), np.float32)
@@ -104,7 +104,7 @@ def test_extremes():
       (one, size**-2),
     ):
       found = _state_measures.evenness(state).mean()
-      assert found == pytest.approx(wanted, rel=0.25)
+      assert found == pytest.approx(wanted, rel=0.1)
   wide[0, 0] = 1e3
   assert float(_state_measures.entropy(wide)) < 1e-3
   # One entry of 26 is the most that can exceed five times the root mean square.

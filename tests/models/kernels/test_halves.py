@@ -66,6 +66,28 @@ def test_sizes_that_do_not_fit_run_plain_unless_kernels_are_asked_for(
     trm_block.apply(params, x_TBD, halves=asked)
 
 
+@pytest.mark.parametrize(
+  ('families', 'name'),
+  [(('cell',), 'cell_half'), (('row', 'cell'), 'constraint_half')],
+)
+def test_a_constraint_half_takes_the_kernel_of_its_families(
+  families, name, monkeypatch
+):
+  called = []
+  for module in ('cell_half', 'constraint_half'):
+    monkeypatch.setattr(
+      getattr(halves, module),
+      'apply',
+      lambda params, x, module=module, **options: called.append(module),
+    )
+  monkeypatch.setattr(halves, 'on_one_hopper', lambda: True)
+  params = {'gate': jnp.zeros((16, 16 * len(families)))}
+  halves.make(interpret=True).constraint(
+    params, jnp.zeros((4, 1, 2, 16)), families=families, box=(2, 2), pool='both'
+  )
+  assert called == [name]
+
+
 def test_model_of_fused_halves_has_the_gradient_of_the_plain_model():
   spec = interfaces.Spec(
     inputs=jax.ShapeDtypeStruct((16,), jnp.int32),

@@ -59,9 +59,13 @@ Variants, joined by commas: `smoke` (seconds), and
   watch     `gates` (state health at every evaluation, and after a smoke run),
             `plateau` (with rules that stop the run; at a plateau they say so,
             for you to look, and with `m30` or `m125` they cut the learning rate
-            at up to three; those on states speak only with `plateau,gates`)
+            at up to three; those on states speak only with `plateau,gates`),
+            `probes` (of memory: codes and persons by distance, leaks after a
+            reset, forgetting, poison, rank, identity; at every evaluation, and
+            beside untrained weights after the run)
   text      `bytes`, `library` (sources of the standard library, ten times as
-            much); any other by --config.task.path=FILE_OR_FOLDER
+            much); any other by --config.task.path=FILE_OR_FOLDER, and for one
+            document --config.task.split_by=position
   sizes     `m8`, `m30`, `m125` (for GPUs; with `smoke` a few short steps of the
             whole model)
 """
@@ -80,6 +84,25 @@ PATTERNS = {
   'ratio31': '3R1M',
 }
 SIZES = {'m8': '8m', 'm30': '30m', 'm125': '125m'}
+# What a state does, beside recall; compiling takes longer than a smoke run.
+PROBES = {
+  'forgetting': {
+    'before': 128,
+    'bins': (1, 8, 32, 128),
+    'passages': 16,
+    'control': True,
+  },
+  'poison': {
+    'prefix': 64,
+    'length': 64,
+    'passages': 8,
+    'candidates': 8,
+    'control': True,
+  },
+  'utilisation': {'passages': 8, 'length': 512, 'control': True},
+  'state_jitter': {'length': 128, 'copies': 2, 'count': 64, 'control': True},
+  'identity': {'copies': 4, 'count': 64, 'noise': 200, 'control': True},
+}
 # T in W_l = T^l(W_0).
 SHARED = {'tied': {'name': ''}, 'derived': {'name': 'residual', 'rank': 4}}
 VARIANTS = (
@@ -94,6 +117,7 @@ VARIANTS = (
   'curriculum',
   'gates',
   'plateau',
+  'probes',
   'bytes',
   'library',
   *SIZES,
@@ -198,7 +222,7 @@ def get_config(variant=None):
       'bins': (1, 16, 64, 256, 1024),
     },
     'samples': {
-      'prompts': ('', 'The "for" '),
+      'prompts': ('', 'The '),
       'copies': 2,
       'count': 400,
       'temperature': 0.8,
@@ -335,3 +359,20 @@ def _watch(config, chosen):
     config.early_stopping.rules = stopping.defaults() | {'budget': budget}
     # Rules speak after some evaluations.
     config.training.evaluate_every = min(config.training.evaluate_every, 40)
+  if 'probes' in chosen:
+    recall = {
+      'kinds': ('passkey', 'tracking'),
+      'distances': (16, 64, 256),
+      'depths': (0.0, 0.5),
+      'examples': 16,
+      'symbols': '0123456789',
+      'control': True,
+    }
+    probe(config, PROBES | {'recall': recall})
+
+
+def probe(config, probes):
+  """Probes at every evaluation, and beside untrained weights at the end."""
+  config.evaluators.after.update(probes)
+  for name, fields in probes.items():
+    config.evaluators.during[name] = fields | {'control': False}

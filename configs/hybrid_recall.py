@@ -45,7 +45,8 @@ Variants, joined by commas: `smoke` (seconds), and
            one model recalls and writes
   watch    `plateau`: rules tell of a plateau and stop the run, also where what
            is recalled over 16 characters falls while the loss does; it is
-           measured at every evaluation, in all variants
+           measured at every evaluation, in all variants. `probes`: all of them
+           at every evaluation
 """
 
 from configs import hybrid_lm
@@ -53,26 +54,15 @@ from recursive_weights import config as config_lib
 from recursive_weights.training import stopping
 
 PATTERNS = ('rwkv6', 'mamba2', 'attention')
-# What else a state does; compiling them takes longer than a smoke run.
-PROBES = {
-  'forgetting': {
-    'before': 128,
-    'bins': (1, 8, 32, 128),
-    'passages': 16,
-    'control': True,
-  },
-  'poison': {
-    'prefix': 64,
-    'length': 64,
-    'passages': 8,
-    'candidates': 8,
-    'control': True,
-  },
-  'utilisation': {'passages': 8, 'length': 512, 'control': True},
-  'state_jitter': {'length': 128, 'copies': 2, 'count': 64, 'control': True},
-  'identity': {'copies': 4, 'count': 64, 'noise': 200, 'control': True},
-}
-VARIANTS = ('smoke', *PATTERNS, 'tracking', 'both', 'mixed', 'plateau')
+VARIANTS = (
+  'smoke',
+  *PATTERNS,
+  'tracking',
+  'both',
+  'mixed',
+  'plateau',
+  'probes',
+)
 
 
 def get_config(variant=None):
@@ -130,7 +120,7 @@ def get_config(variant=None):
     _smoke(config)
     probe.update(distances=(4,), examples=4)
   else:
-    config.evaluators.after.update(PROBES)
+    config.evaluators.after.update(hybrid_lm.PROBES)
   if 'plateau' in chosen:
     kind, distance = config.task.kinds[0], probe['distances'][0]
     # As for other small models, a person looks at each plateau.
@@ -141,6 +131,9 @@ def get_config(variant=None):
     config.training.evaluate_every = min(config.training.evaluate_every, 100)
   if 'plateau' in chosen or 'smoke' not in chosen:
     config.evaluators.during.recall = probe
+  if 'probes' in chosen:
+    recall = config.evaluators.after.recall.to_dict()
+    hybrid_lm.probe(config, hybrid_lm.PROBES | {'recall': recall})
   return config
 
 

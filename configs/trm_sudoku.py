@@ -54,14 +54,14 @@ The same weights with --config.model.cycles=5 (13.6 G) solve in as many steps
   hard test           .104  .309  .581  .797  .906  .957
 
 The second curve and the test row above are by plain programs, which evaluate
-where there are several devices. Rounding decides about puzzles that are about to be solved:
-the same weights solve, in 16 and in 64 steps, on one H200 and of the same 512
-validation puzzles .852 and .965 by kernels in bfloat16, .822 and .957 by plain
-programs in bfloat16, .820 and .971 in TF32, .844 and .967 in float32 (and on
-two H200 .861, with kernels of an earlier form .828). So none is better, and .01
-to .02 of such a number is chance. The hard test in TF32: .829 and .967. (The
-second run's half over cells was a kernel of an earlier form: 38.4 ms a step of
-256 rows, now 34.5 in a whole run.)
+where there are several devices. Rounding decides about puzzles that are about
+to be solved: the same weights solve, in 16 and in 64 steps, on one H200 and of
+the same 512 validation puzzles .852 and .965 by kernels in bfloat16, .822 and
+.957 by plain programs in bfloat16, .820 and .971 in TF32, .844 and .967 in
+float32 (and on two H200 .861, with kernels of an earlier form .828). So none is
+better, and .01 to .02 of such a number is chance. The hard test in TF32: .829
+and .967. (The second run's half over cells was a kernel of an earlier form:
+38.4 ms a step of 256 rows, now 34.5 in a whole run.)
 
 All runs of this file drew the least number of steps once for an example, where
 slots now draw it at every step as the published code does.

@@ -18,8 +18,9 @@ each split, seed 0, after the same 1,500 steps:
 
 So recursion makes up here for nearly all that six times the parameters would
 bring; it needs more time for an answer, unless it leaves early: where the
-halting head says so it is at 1.1 steps and .986. Test puzzles are harder for all: of this size there are
-few that are not alike, so a split is a small sample. One seed.
+halting head says so it is at 1.1 steps and .986. Test puzzles are harder for
+all: of this size there are few that are not alike, so a split is a small
+sample. One seed.
 
 The recursive one's weights come with the package: eval.py --pretrained=trm_mini
 

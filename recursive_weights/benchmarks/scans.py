@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from recursive_weights.benchmarks import device
+from recursive_weights.interfaces import UserError
 from recursive_weights.scans import (
   chunks,
   delta_rule,
@@ -207,7 +208,7 @@ def main() -> None:
     for name, (function, arguments) in cases.items():
       try:
         found = measure(function, arguments, flags.repeats)
-      except (ValueError, jax.errors.JaxRuntimeError) as error:
+      except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
         line[f'{name}_failed'] = str(error)[:300]
         continue
       found |= rates(kernel, flags, arguments, function, found['ms'], most)

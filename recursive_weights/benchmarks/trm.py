@@ -463,13 +463,9 @@ def steps_report(flags) -> None:
       'device': jax.devices()[0].device_kind,
       'jax': jax.__version__,
     }
-    program = {
-      'plain': False,
-      'fused': halves.make(True, **TILES),
-      'token': halves.make(True, **TILES)._replace(
-        channel=trm_block.channel_half
-      ),
-    }[fused]
+    program = halves.make(fused != 'plain', **TILES)
+    if fused == 'token':
+      program = program._replace(channel=trm_block.channel_half)
     model = build(
       cell,
       tokens,

@@ -50,7 +50,9 @@ CASES = {
     'half_life': (2.0, 64.0),
   },
 }
-LONG = ('mamba2', 'mixed', 'normed')  # 'hybrid' has all of them
+# Their layers are in 'hybrid' and 'attention'; `layers/test_state_norm` has the
+# state of 'normed'.
+LONG = ('mamba2', 'mixed', 'normed')
 everywhere = pytest.mark.parametrize(
   'name',
   [

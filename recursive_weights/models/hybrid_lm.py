@@ -313,7 +313,8 @@ def _layers(pattern, layers, anchors):
     )
   letters = list(period * (layers // len(period)))
   for anchor in anchors:
-    if not isinstance(anchor, int) or not 0 <= anchor < layers:
+    whole = isinstance(anchor, (int, np.integer))
+    if not whole or not 0 <= anchor < layers:
       raise UserError(
         f'anchors must be layers, whole numbers from 0 to {layers - 1}, got '
         f'{anchor!r}'

@@ -13,7 +13,7 @@ import pytest
 
 from configs import hybrid_matrix
 from recursive_weights import build, config, matrix
-from recursive_weights.training import checkpoints, optimizers
+from recursive_weights.training import checkpoints, loop, optimizers
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -114,6 +114,63 @@ def test_one_half_learns_at_another_rate(name, scale):
   for path, group in before.items():
     ours = path.startswith('hybrid/ssm/')
     assert after[path] == group | ({'lr_scale': scale} if ours else {}), path
+
+
+@pytest.fixture
+def screen(monkeypatch):
+  """`best_rate` of runs that diverge from a rate on, and the runs it made.
+
+  The loss of a rate is its distance from .002.
+  """
+
+  def best(folder, *, diverges=math.inf, rates=('4e-3', '1e-3', '2e-3')):
+    runs = []
+
+    def run(module, member, workdir, overrides, fields):
+      runs.append((workdir, fields))
+      if max(rates_of(fields)) >= diverges:
+        raise loop.Diverged('at step 3')
+
+    def rates_of(fields):
+      first = fields['optimizer.learning_rate']
+      return [first * factor for factor in fields['rate_factors']]
+
+    def measure(member, workdir):
+      assert workdir == runs[-1][0]
+      return {'best': [abs(x - 2e-3) for x in rates_of(runs[-1][1])]}
+
+    given = {'learning_rates': rates, 'screen_steps': 30}
+    built = types.SimpleNamespace(config={'training': {'steps': 20}})
+    monkeypatch.setattr(matrix.flags, 'FLAGS', types.SimpleNamespace(**given))
+    monkeypatch.setattr(matrix, 'build', lambda *_: built)
+    monkeypatch.setattr(matrix, 'run', run)
+    monkeypatch.setattr(matrix, 'measure', measure)
+    return matrix.best_rate(None, 'wide', folder, []), runs
+
+  return best
+
+
+def test_a_member_takes_the_rate_with_the_lowest_loss(screen, tmp_path):
+  rate, [(workdir, fields)] = screen(tmp_path)
+  assert rate == 2e-3
+  assert workdir == tmp_path / 'screen' / 'wide-20-0.001-0.002-0.004'
+  # One short program without the evaluators at the end, a seed for each rate.
+  assert fields == {
+    'num_seeds': 3,
+    'rate_factors': (1.0, 2.0, 4.0),
+    'training.steps': 20,
+    'optimizer.learning_rate': 1e-3,
+    'evaluators.after': {},
+  }
+
+
+def test_rates_that_diverge_are_left_out_from_the_largest(screen, tmp_path):
+  rate, runs = screen(tmp_path, diverges=2e-3)
+  assert rate == 1e-3
+  assert [fields['num_seeds'] for _, fields in runs] == [3, 2, 1]
+  assert len({workdir for workdir, _ in runs}) == 3  # each its own folder
+  with pytest.raises(loop.Diverged, match='wide diverged with every'):
+    screen(tmp_path, diverges=0.0)
 
 
 def test_apart_by_hand():

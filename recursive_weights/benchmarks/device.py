@@ -1,4 +1,4 @@
-"""What a device can do at most, for shares of it."""
+"""What a device can do at most, for shares of it, and what a program holds."""
 
 import jax
 
@@ -17,3 +17,17 @@ def limits(itemsize: int = 2) -> tuple[float, float]:
     if name in kind:
       return tflops.get(itemsize, 0.0), bandwidth
   return 0.0, 0.0
+
+
+def peak_bytes(memory) -> int | None:
+  """Memory that a program takes by the compiler's count, None where unknown.
+
+  Arguments, outputs that do not lie in them, and temporaries.
+
+  Args:
+    memory: `compiled.memory_analysis()`.
+  """
+  if memory is None:
+    return None
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes

@@ -3,7 +3,8 @@ r"""Time and memory of the scans over time, forward and with their backward.
   python -m recursive_weights.benchmarks.scans --kernel kimi_delta --length 4096
 
 prints one JSON line a kernel and algorithm: random inputs, gates near those of
-trained models, times of calls each waited for. Arithmetic is that of the
+trained models, times of calls each waited for, memory by the compiler's count:
+temporaries, and with arguments and outputs the peak. Arithmetic is that of the
 recurrence token by token, traffic that of inputs, outputs and their gradients
 once each. The share of the roofline is the larger of the shares of the device's
 arithmetic and bandwidth that these come to: 1 where no program could be faster.
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from recursive_weights.benchmarks import device
+from recursive_weights.interfaces import UserError
 from recursive_weights.scans import (
   chunks,
   delta_rule,
@@ -102,6 +104,7 @@ def measure(function, inputs: list, repeats: int) -> dict:
     'ms': round(statistics.median(times[2:]), 3),
     'ms_min': round(min(times[2:]), 3),
     'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
+    'peak_bytes': device.peak_bytes(memory),
     'compile_s': round(compile_s, 1),
   }
 
@@ -207,7 +210,7 @@ def main() -> None:
     for name, (function, arguments) in cases.items():
       try:
         found = measure(function, arguments, flags.repeats)
-      except (ValueError, jax.errors.JaxRuntimeError) as error:
+      except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
         line[f'{name}_failed'] = str(error)[:300]
         continue
       found |= rates(kernel, flags, arguments, function, found['ms'], most)

@@ -160,14 +160,6 @@ def clock(run, state, *, repeats: int, calls: int) -> list[float]:
   return times[2:]
 
 
-def peak_bytes(memory) -> int | None:
-  """Of one program, by the compiler's count."""
-  if memory is None:
-    return None
-  held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-
-
 def half_params(name: str, tokens: int, width: int, pool: str, key):
   if name == 'attention':
     return trm_block.attention_init(key, width)
@@ -399,7 +391,7 @@ def measure_step(
     'bytes_compiler': cost.get('bytes accessed'),
     'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
     'argument_bytes': getattr(memory, 'argument_size_in_bytes', None),
-    'peak_bytes': peak_bytes(memory),
+    'peak_bytes': device.peak_bytes(memory),
     'compile_s': round(compile_s, 1),
   }
 
@@ -463,13 +455,9 @@ def steps_report(flags) -> None:
       'device': jax.devices()[0].device_kind,
       'jax': jax.__version__,
     }
-    program = {
-      'plain': False,
-      'fused': halves.make(True, **TILES),
-      'token': halves.make(True, **TILES)._replace(
-        channel=trm_block.channel_half
-      ),
-    }[fused]
+    program = halves.make(fused != 'plain', **TILES)
+    if fused == 'token':
+      program = program._replace(channel=trm_block.channel_half)
     model = build(
       cell,
       tokens,

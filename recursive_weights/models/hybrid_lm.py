@@ -313,9 +313,11 @@ def _layers(pattern, layers, anchors):
     )
   letters = list(period * (layers // len(period)))
   for anchor in anchors:
-    if not 0 <= anchor < layers:
+    whole = isinstance(anchor, (int, np.integer))
+    if not whole or not 0 <= anchor < layers:
       raise UserError(
-        f'anchors must be layers from 0 to {layers - 1}, got {anchor}'
+        f'anchors must be layers, whole numbers from 0 to {layers - 1}, got '
+        f'{anchor!r}'
       )
     letters[anchor] = 'A'
   return ''.join(letters)

@@ -91,9 +91,9 @@ def make(
     remat: less memory, more time: updates run again in the backward pass.
     unrolled: updates of z in one body of the compiled loop; n or more: no
       loop, which is faster on a GPU and takes longer to compile.
-    fused: blocks as GPU kernels. None: where sizes and a 16-bit dtype fit, on
-      Hopper GPUs, one or under the pmap strategy; True: always, and an error
-      where they do not fit; or the programs of a block's halves themselves.
+    fused: blocks as GPU kernels. None: where sizes fit, in bfloat16, on Hopper
+      GPUs, one or under the pmap strategy; True: always, and an error where
+      they do not fit; or the programs of a block's halves themselves.
     dtype: of the states; norms, softmax, logits and halting are float32.
 
   Raises:

@@ -164,7 +164,9 @@ def choose(
 def resolve(algorithm: str, given: Inputs) -> str:
   """What 'auto' is: 'fused' on a GPU where it fits, or 'chunked'.
 
-  With values of 16 bits, for products of float32 do not run on matrix units.
+  With values of bfloat16: products of float32 do not run on matrix units, and
+  kernels keep states between chunks in the dtype of the values, where float16
+  overflows.
   """
   if algorithm != 'auto':
     return algorithm
@@ -174,7 +176,7 @@ def resolve(algorithm: str, given: Inputs) -> str:
     return 'chunked'
   from recursive_weights.scans.kernels import matrix_state
 
-  narrow = given.v_BTHV.dtype.itemsize == 2
+  narrow = given.v_BTHV.dtype == jnp.bfloat16
   return 'fused' if narrow and matrix_state.fits(given) else 'chunked'
 
 

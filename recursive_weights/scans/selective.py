@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from recursive_weights.interfaces import Array
 from recursive_weights.scans import chunks
 
+ALGORITHMS = (*chunks.ALGORITHMS, 'auto')
+
 
 class Pending(NamedTuple):
   """A prefill whose tokens are not yet accepted: what `commit` needs.
@@ -49,7 +51,7 @@ def scan(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
-  algorithm: str = 'chunked',
+  algorithm: str = 'auto',
   chunk: int = 64,
 ) -> tuple[Array, Array]:
   """A whole sequence, from any state; all arithmetic in float32.
@@ -60,9 +62,9 @@ def scan(
     a_DN: A <= 0.
     b_BTN, c_BTN: input and output maps.
     state, fresh, resets, mask: see the package; states are `[B, D, N]`.
-    algorithm: 'chunked' (parallel within chunks, for accelerators) or
-      'recurrent' (token by token within chunks: less work, for CPUs). Both
-      keep only the states between chunks for the backward pass.
+    algorithm: 'chunked' (parallel within chunks), 'recurrent' (token by token
+      within chunks: less work), or 'auto': recurrent on a CPU, else chunked.
+      Both keep only the states between chunks for the backward pass.
     chunk: tokens a chunk, a power of two.
 
   Returns:
@@ -71,7 +73,7 @@ def scan(
   Raises:
     ValueError: a shape, the algorithm or the chunk is wrong.
   """
-  chunk = chunks.choose(algorithm, chunk, x_BTD.shape[1])
+  chunk = chunks.choose(algorithm, chunk, x_BTD.shape[1], ALGORITHMS)
   y, state, _ = _chunked(
     *(x_BTD, dt_BTD, a_DN, b_BTN, c_BTN),
     *(state, fresh, resets, mask, algorithm, chunk),
@@ -90,13 +92,14 @@ def prefill(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
+  algorithm: str = 'auto',
   chunk: int = 64,
 ) -> tuple[Array, Pending]:
-  """As `scan`, chunked; `commit(pending, length_B)` gives the states."""
-  chunk = chunks.choose('chunked', chunk, x_BTD.shape[1])
+  """As `scan`; `commit(pending, length_B)` gives the states."""
+  chunk = chunks.choose(algorithm, chunk, x_BTD.shape[1], ALGORITHMS)
   y, _, pending = _chunked(
     *(x_BTD, dt_BTD, a_DN, b_BTN, c_BTN),
-    *(state, fresh, resets, mask, 'chunked', chunk),
+    *(state, fresh, resets, mask, algorithm, chunk),
   )
   return y, pending
 
@@ -172,6 +175,8 @@ def _chunked(
   chunk,
 ):  # fmt: skip
   batch, length, width = _check(x_BTD, dt_BTD, a_DN, b_BTN, c_BTN)
+  if algorithm == 'auto':
+    algorithm = 'recurrent' if jax.default_backend() == 'cpu' else 'chunked'
   count = max(1, -(-length // chunk))
   state, fresh = chunks.states(state, fresh, (batch, width, a_DN.shape[1]))
   resets = chunks.flags('resets', resets, (batch, length), False)

@@ -50,7 +50,9 @@ CASES = {
     'half_life': (2.0, 64.0),
   },
 }
-LONG = ('mamba2', 'mixed', 'normed')  # 'hybrid' has all of them
+# Their layers are in 'hybrid' and 'attention'; `layers/test_state_norm` has the
+# state of 'normed'.
+LONG = ('mamba2', 'mixed', 'normed')
 everywhere = pytest.mark.parametrize(
   'name',
   [
@@ -489,7 +491,9 @@ def test_sizes_are_what_they_are_called():
     ({'pattern': '0R'}, 'pattern must be letters'),
     ({'pattern': 'R3'}, 'pattern must be letters'),
     ({'pattern': '3R1M', 'layers': 6}, 'layers must be a multiple of the 4'),
-    ({'anchors': (9,)}, 'anchors must be layers from 0 to 1'),
+    ({'anchors': (9,)}, 'anchors must be layers, .* from 0 to 1, got 9'),
+    ({'anchors': (1.5,)}, 'anchors must be layers, whole .* got 1.5'),
+    ({'anchors': ('1',)}, "anchors must be layers, .* got '1'"),
     ({'head_width': 5}, 'head_width must divide'),
     ({'algorithm': 'quick'}, "algorithm must be one of .* got 'quick'"),
     ({'fusion': 'sum'}, 'fusion must be one of'),

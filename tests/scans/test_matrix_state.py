@@ -3,17 +3,15 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_weights.scans import (
-  chunks,
-  delta_rule,
-  kernels,
-  linear_attention,
-)
+from recursive_weights.interfaces import UserError
+from recursive_weights.scans import chunks, delta_rule, linear_attention
+from tests.pretended_gpu import pretend
 
 B, T, H, K, V = 2, 37, 2, 16, 32
 RULES = {
@@ -152,7 +150,7 @@ def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule):
 
 @pytest.mark.parametrize('rule', RULES)
 def test_kernels_lower_for_a_gpu(rule, monkeypatch):
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  pretend(monkeypatch, '9.0')
   given = inputs_of(rule, 'tame', jnp.bfloat16, fresh=True)
   program.cache_clear()
   try:
@@ -186,23 +184,46 @@ def test_a_prefill_is_not_recurrent(rule):
     program(rule, 'recurrent', ((0, 1),))(inputs_of(rule, 'tame'), flags_of())
 
 
-def test_auto_is_fused_on_one_gpu_where_it_fits(monkeypatch):
-  given = chunks.prepare(
-    *(jnp.zeros((1, 4, 1, 16), jnp.bfloat16) for _ in range(4)), *[None] * 5
-  )
-  narrow = given._replace(v_BTHV=given.v_BTHV[..., :8])
-  wide = given._replace(v_BTHV=given.v_BTHV.astype(jnp.float32))
+def rows_of(dtype, values=16):
+  """Checked inputs of linear attention."""
+  q, k, v = (jnp.zeros((1, 4, 1, n), dtype) for n in (16, 16, values))
+  return chunks.prepare(q, k, v, q, *[None] * 5)
+
+
+@pytest.mark.parametrize('capability', ['8.0', '9.0', '12.0'])
+def test_auto_is_fused_on_one_gpu_where_it_fits(capability, monkeypatch):
+  given = rows_of(jnp.bfloat16)
   assert chunks.resolve('auto', given) == 'chunked'
   assert chunks.resolve('fused', given) == 'fused'
-  monkeypatch.setattr(kernels, 'on_one_gpu', lambda: True)
+  pretend(monkeypatch, capability)
   assert chunks.resolve('auto', given) == 'fused'
-  assert chunks.resolve('auto', narrow) == 'chunked'
-  assert chunks.resolve('auto', wide) == 'chunked'
+  for dtype in (jnp.float16, jnp.float32):
+    assert chunks.resolve('auto', rows_of(dtype)) == 'chunked'
+  assert chunks.resolve('auto', rows_of(jnp.bfloat16, 8)) == 'chunked'
+  monkeypatch.setattr(jax, 'device_count', lambda: 2)
+  assert chunks.resolve('auto', given) == 'chunked'
+
+
+@pytest.mark.parametrize('capability', ['6.0', '7.5', 'gfx942'])
+def test_a_gpu_that_cannot_run_kernels_runs_the_plain_form(
+  capability, monkeypatch
+):
+  args = [jnp.ones((1, 4, 1, 16), jnp.bfloat16)] * 3
+  args.append(jnp.zeros((1, 4, 1)))
+  expected = linear_attention.scan(*args, algorithm='chunked')
+  pretend(monkeypatch, capability)
+  found = linear_attention.scan(*args, algorithm='auto')
+  chex.assert_trees_all_equal(found, expected)
+  with pytest.raises(UserError, match=r'8\.0 or more, got Some GPU'):
+    linear_attention.scan(*args, algorithm='fused')
 
 
 def test_what_does_not_fit_is_named():
   given = inputs_of('gated_linear', 'tame')
   args = [given[name] for name in ('q', 'k', 'v', 'g')]
   args[2] = args[2][..., :24]
-  with pytest.raises(ValueError, match='got 16 and 24'):
+  with pytest.raises(ValueError, match='got float32 of 16 and 24'):
+    linear_attention.scan(*args, algorithm='fused')
+  args[2] = jnp.zeros((B, T, H, V), jnp.float16)
+  with pytest.raises(ValueError, match='got float16 of 16 and 32'):
     linear_attention.scan(*args, algorithm='fused')

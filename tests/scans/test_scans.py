@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_weights.scans import chunks, selective
 from tests.scans import recurrences
 from tests.scans.recurrences import CASES, B, H, V, at, loop, timed, token_of
 
@@ -44,7 +45,8 @@ def program(name, dtype='float32'):
 
   def total(real, flags, weights):
     inputs, shared = real
-    y, state = scan(name, inputs, shared | flags, chunk=CHUNK)
+    options = {'algorithm': 'chunked', 'chunk': CHUNK}
+    y, state = scan(name, inputs, shared | flags, **options)
     assert y.dtype == dtype
     assert state.dtype == jnp.float32
     return (y * weights[0]).sum() + (state * weights[1]).sum(), (y, state)
@@ -160,8 +162,11 @@ def test_steps_are_the_scan(name):
   close((jnp.stack(seen, axis=1), state), expected)
 
 
-@everywhere
-def test_commit_is_a_shorter_run(name):
+@pytest.mark.parametrize(
+  ('name', 'algorithm'),
+  [*((name, 'chunked') for name in CASES), ('selective', 'recurrent')],
+)
+def test_commit_is_a_shorter_run(name, algorithm):
   """The state after any number of tokens, its own for each row."""
   case = CASES[name]
   inputs, shared = given(name)
@@ -171,7 +176,8 @@ def test_commit_is_a_shorter_run(name):
 
   @jit
   def prefill(inputs, shared):
-    return case.module.prefill(**inputs, **shared, chunk=CHUNK)
+    options = {'algorithm': algorithm, 'chunk': CHUNK}
+    return case.module.prefill(**inputs, **shared, **options)
 
   y, pending = prefill(*device((inputs, shared)))
   close(y, expected)
@@ -181,6 +187,25 @@ def test_commit_is_a_shorter_run(name):
     masked = {**shared, 'mask': np.arange(T)[None] < lengths[:, None]}
     state = loop(name, inputs, masked)[1]
     close(commit(pending, jnp.asarray(lengths)), state)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'algorithm'),
+  [('cpu', 'recurrent'), ('gpu', 'chunked'), ('tpu', 'chunked')],
+)
+@pytest.mark.parametrize('form', ['scan', 'prefill'])
+def test_mamba_1_chooses_by_the_device(form, platform, algorithm, monkeypatch):
+  inputs = device(given('selective')[0])
+
+  def program(**options):
+    """The operations that it runs."""
+    run = functools.partial(getattr(selective, form), **options)
+    return str(jax.make_jaxpr(lambda inputs: run(**inputs))(inputs))
+
+  named = {name: program(algorithm=name) for name in chunks.ALGORITHMS}
+  assert named['chunked'] != named['recurrent']
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+  assert program() == program(algorithm='auto') == named[algorithm]
 
 
 @everywhere

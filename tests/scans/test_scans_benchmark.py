@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from recursive_weights.benchmarks import scans
+from recursive_weights.benchmarks import device, scans
 
 
 def test_share_of_the_roofline(monkeypatch, capsys):
@@ -22,6 +22,22 @@ def test_share_of_the_roofline(monkeypatch, capsys):
     shares = line[f'{name}_gb_per_s'] / 2, line[f'{name}_tflops'] / 3
     found = line[f'{name}_share_of_roofline']
     assert found == pytest.approx(max(shares), rel=1e-3)
+    # x, dt, A, B and C; y and the state, or as many gradients as inputs.
+    inputs = 4 * 2 + 4 + 1 + 2 * 4 * 2
+    outputs = 4 * 2 + 2 * 2 if name == 'forward' else inputs + 1
+    held = line[f'{name}_peak_bytes'] - line[f'{name}_temporary_bytes']
+    assert held >= 4 * (inputs + outputs)
+
+
+def test_peak_counts_once_what_outputs_take_from_arguments():
+  memory = types.SimpleNamespace(
+    argument_size_in_bytes=40,
+    output_size_in_bytes=60,
+    temp_size_in_bytes=30,
+    alias_size_in_bytes=40,
+  )
+  assert device.peak_bytes(memory) == 90
+  assert device.peak_bytes(None) is None
 
 
 def test_limits_are_of_the_device_or_of_flags(monkeypatch):

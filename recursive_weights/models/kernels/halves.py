@@ -1,6 +1,7 @@
 """Fused halves of a block in the place of the plain ones."""
 
 import jax
+import jax.numpy as jnp
 
 from recursive_weights.models.kernels import (
   attention,
@@ -11,7 +12,7 @@ from recursive_weights.models.kernels import (
   wide_product,
 )
 from recursive_weights.models.layers import symmetric_block, trm_block
-from recursive_weights.scans.kernels import on_one_device
+from recursive_weights.scans.kernels import check_gpu, on_one_device
 
 
 def make(
@@ -28,24 +29,28 @@ def make(
 
   Args:
     fused: True: kernels, and an error where sizes do not fit them; False: plain
-      halves; None: kernels where sizes fit, on GPUs of the Hopper generation,
-      which the tiles are for. A program that the compiler splits over several
-      devices keeps the plain halves, which it knows how to split.
+      halves; None: kernels for bfloat16 where sizes fit, on GPUs of the Hopper
+      generation, which the tiles are for. A program that the compiler splits
+      over several devices keeps the plain halves, which it knows how to split.
     token, channel, over, constraint, cell: tiles of the kernels, `over` of
       attention, `cell` of a constraint half whose only family is 'cell'.
     interpret: run the kernels without a GPU, slowly; None: where there is none.
 
   Raises:
     ValueError: when run with `fused=True`, on sizes that do not fit.
+    UserError: `fused=True` on a GPU that cannot run kernels.
   """
   if fused is False:
     return trm_block.Halves()
 
+  if fused and not interpret:
+    check_gpu()
   simulated = interpret or jax.default_backend() != 'gpu'
 
   def use(fits, x_TBD):
-    # Tiles of 4-byte numbers would not fit into shared memory.
-    narrow = simulated or x_TBD.dtype.itemsize == 2
+    # Tiles of 4-byte numbers would not fit into shared memory, and float16 is
+    # not tested.
+    narrow = simulated or x_TBD.dtype == jnp.bfloat16
     return fused or (fits and narrow and on_one_hopper())
 
   def token_program(params, x_TBD):

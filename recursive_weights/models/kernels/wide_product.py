@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recursive_weights.interfaces import Array
 from recursive_weights.models.kernels import tiling
+from recursive_weights.scans import kernels
 
 
 class Tiles(NamedTuple):
@@ -51,8 +52,7 @@ class Plan(NamedTuple):
 
 def available() -> bool:
   """Whether the first device is of the Hopper generation."""
-  capability = getattr(jax.devices()[0], 'compute_capability', '')
-  return str(capability).startswith('9.')
+  return kernels.generation() == kernels.HOPPER
 
 
 def fits(rows: int, width: int, hidden: int, plan: Plan) -> bool:

@@ -3,10 +3,37 @@
 import jax
 from jax.sharding import AxisType
 
+from recursive_weights.interfaces import UserError
+
+AMPERE, HOPPER = 8, 9
+
+
+def generation() -> int:
+  """The first number of an NVIDIA GPU's compute capability; 0 of others.
+
+  Of the first device: 7 is Volta and Turing (V100, T4), 8 Ampere and Ada.
+  """
+  capability = getattr(jax.devices()[0], 'compute_capability', '')
+  major = str(capability).partition('.')[0]
+  return int(major) if major.isdigit() else 0
+
 
 def on_one_gpu() -> bool:
-  """Whether what is traced runs on a GPU by itself."""
-  return jax.default_backend() == 'gpu' and on_one_device()
+  """Whether what is traced runs by itself on a GPU that can run kernels."""
+  return generation() >= AMPERE and on_one_device()
+
+
+def check_gpu() -> None:
+  """Refuses a GPU that cannot run kernels; without a GPU they are simulated.
+
+  Raises:
+    UserError: Pallas does not compile for this GPU through Triton.
+  """
+  if jax.default_backend() == 'gpu' and generation() < AMPERE:
+    raise UserError(
+      'kernels need an NVIDIA GPU of compute capability 8.0 or more, got '
+      f"{jax.devices()[0].device_kind}: leave 'fused' out"
+    )
 
 
 def on_one_device() -> bool:

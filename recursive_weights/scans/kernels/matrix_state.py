@@ -19,15 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
-from recursive_weights.scans import chunks
+from recursive_weights.scans import chunks, kernels
 from recursive_weights.scans.kernels import stateless
 from recursive_weights.scans.kernels.plan import Inside, Plan, dot
 
 
 def fits(given: chunks.Inputs) -> bool:
-  """Whether the kernels take these widths."""
+  """Whether the kernels take these values and widths.
+
+  Not float16: states are kept between chunks in the dtype of v.
+  """
   widths = given.q_BTGK.shape[-1], given.v_BTHV.shape[-1]
-  return all(16 <= n <= 256 and n & (n - 1) == 0 for n in widths)
+  wide = given.v_BTHV.dtype in (jnp.float32, jnp.bfloat16)
+  return wide and all(16 <= n <= 256 and n & (n - 1) == 0 for n in widths)
 
 
 def scan(
@@ -52,15 +56,17 @@ def scan(
 
   Raises:
     ValueError: inputs that `fits` refuses.
+    UserError: a GPU that cannot run kernels.
   """
   batch, length, groups, keys = given.q_BTGK.shape
   heads, values = given.v_BTHV.shape[2:]
   if not fits(given):
     raise ValueError(
-      "algorithm 'fused' takes widths that are powers of two from 16 to 256, "
-      f'got {keys} and {values}'
+      "algorithm 'fused' takes float32 or bfloat16 and widths that are powers "
+      f'of two from 16 to 256, got {given.v_BTHV.dtype} of {keys} and {values}'
     )
   if interpret is None:
+    kernels.check_gpu()
     interpret = jax.default_backend() != 'gpu'
   exclusive = bonus_HK is not None
   fresh = given.fresh_BHKV

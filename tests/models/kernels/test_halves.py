@@ -9,6 +9,7 @@ from recursive_weights import interfaces
 from recursive_weights.models import trm
 from recursive_weights.models.kernels import halves
 from recursive_weights.models.layers import symmetric_block, trm_block
+from tests.pretended_gpu import pretend
 
 
 @pytest.mark.parametrize('kind', ['mixer', 'attention'])
@@ -116,6 +117,35 @@ def test_model_of_fused_halves_has_the_gradient_of_the_plain_model():
     rtol=1e-4,
     atol=1e-5,
   )
+
+
+@pytest.mark.parametrize(
+  ('capability', 'dtype', 'runs'),
+  [
+    ('9.0', 'bfloat16', True),
+    ('9.0', 'float16', False),
+    ('9.0', 'float32', False),
+    ('8.0', 'bfloat16', False),
+    ('7.5', 'bfloat16', False),
+    ('6.0', 'float32', False),
+  ],
+)
+def test_a_gpu_runs_kernels_that_are_made_for_it(
+  capability, dtype, runs, monkeypatch
+):
+  kernel, plain = lambda *_, **options: True, lambda *_: False
+  monkeypatch.setattr(halves.channel_half, 'apply', kernel)
+  monkeypatch.setattr(trm_block, 'channel_half', plain)
+  pretend(monkeypatch, capability)
+  params = {'gate': jnp.zeros((16, 32))}
+  found = halves.make().channel(params, jnp.zeros((4, 1, 16), dtype))
+  assert found is runs
+
+
+def test_kernels_that_a_gpu_cannot_run_are_refused(monkeypatch):
+  pretend(monkeypatch, '7.5')
+  with pytest.raises(interfaces.UserError, match='got Some GPU'):
+    halves.make(True)
 
 
 def test_without_a_gpu_halves_are_plain():

@@ -33,7 +33,7 @@ def scan(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
-  algorithm: str = 'chunked',
+  algorithm: str = 'auto',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Array]:
@@ -95,7 +95,7 @@ def prefill(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
-  algorithm: str = 'chunked',
+  algorithm: str = 'auto',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Pending]:

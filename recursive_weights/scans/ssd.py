@@ -31,7 +31,7 @@ def scan(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
-  algorithm: str = 'chunked',
+  algorithm: str = 'auto',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Array]:
@@ -79,7 +79,7 @@ def prefill(
   fresh: Array | None = None,
   resets: Array | None = None,
   mask: Array | None = None,
-  algorithm: str = 'chunked',
+  algorithm: str = 'auto',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Pending]:

@@ -138,7 +138,7 @@ def apply(
   *,
   groups: int = 1,
   state_norm: int = 0,
-  algorithm: str = 'chunked',
+  algorithm: str = 'auto',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Tree]:
@@ -224,7 +224,7 @@ def _silu_jvp(primals, tangents):
   return _silu(x), dx * share * (1 + x * (1 - share))
 
 
-def _forms(a_H=None, algorithm='chunked', chunk=64, precision='highest'):
+def _forms(a_H=None, algorithm='auto', chunk=64, precision='highest'):
   options = {'algorithm': algorithm, 'chunk': chunk, 'precision': precision}
 
   def prefill(x, dt, b, c, **where):

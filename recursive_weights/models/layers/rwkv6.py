@@ -156,7 +156,7 @@ def time_mix(
   *,
   grounding: float = 0.0,
   state_norm: int = 0,
-  algorithm: str = 'chunked',
+  algorithm: str = 'auto',
   chunk: int = 64,
   precision: str = 'highest',
 ) -> tuple[Array, Tree]:
@@ -325,7 +325,7 @@ def _latest(before_BD, x_BTD, length_B):
   return past.window(before_BD[:, None], x_BTD, length_B)[:, 0]
 
 
-def _forms(bonus_HK=None, algorithm='chunked', chunk=64, precision='highest'):
+def _forms(bonus_HK=None, algorithm='auto', chunk=64, precision='highest'):
   return matrix_state.Forms(
     prefill=functools.partial(
       linear_attention.prefill,

@@ -115,7 +115,6 @@ def get_config(variant=None):
     evaluate_every=10_000,
   )
   config.checkpoint.every = 5000
-  config.evaluators.during.accuracy.max_batches = 2
   config.evaluators.after = {
     'accuracy': {'splits': ('validation',)},
     'halting': {'splits': ('validation',)},

@@ -203,3 +203,35 @@ def test_a_run_on_other_data_is_another_experiment():
   theirs = build.build(data).config | {'task': ours['task']}
   (line,) = checkpoints.foreign(ours, theirs)
   assert line.startswith('data_hash.train: ')
+
+
+def test_evaluators_take_the_rows_of_a_micro_batch(monkeypatch):
+  """So that what fits in training fits in evaluation; or what they ask for."""
+  data = load('trm_mini', 'smoke')
+  data['training'].update(batch_size=8, accumulation=4)
+  data['evaluators']['after']['halting'] = {
+    'splits': ('test',),
+    'batch_size': 5,
+  }
+  made, rows = build.build_task, set()
+
+  def watched(config, seed):
+    task = made(config, seed)
+
+    def batch(split, index, size):
+      rows.add(size)
+      return task.batch(split, index, size)
+
+    return task._replace(batch=batch)
+
+  monkeypatch.setattr(build, 'build_task', watched)
+  experiment = build.build(data)
+  params = jax.jit(experiment.init)(np.int32(0)).params
+  for evaluator, wanted in (
+    (experiment.during['accuracy'], 2),
+    (experiment.after['accuracy'], 2),
+    (experiment.after['halting'], 5),
+  ):
+    rows.clear()
+    evaluator(params, jax.random.key(0))
+    assert rows == {wanted}

@@ -131,10 +131,11 @@ def _spread(task, split, count):
   size = task.spec.sizes[split]
   if size is None:
     return task.batch(split, 0, count)
-  # Splits may be sorted by class, so their first rows show little of them.
-  whole = task.batch(split, 0, size)
+  # Splits may be sorted by class, so their first rows show little of them; and
+  # they may be large, so these rows alone are made.
   rows_B = np.linspace(0, size - 1, min(count, size)).round().astype(int)
-  return jax.tree.map(lambda x: x[rows_B], whole)
+  rows = [task.batch(split, int(row), 1) for row in rows_B]
+  return jax.tree.map(lambda *x: np.concatenate(x), *rows)
 
 
 def _draw_attention(folder, task, batch, outputs, metrics_SB, examples):

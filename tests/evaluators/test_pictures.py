@@ -173,6 +173,18 @@ def test_numbers_are_those_of_evenly_spread_examples(tmp_path, drawn):
     assert kwargs['title'] == f'Example {number}: {batch["targets"][row]}'
 
 
+def test_no_row_is_made_that_is_not_shown(tmp_path, drawn):
+  task = TASKS['digits']()
+  made = []
+
+  def batch(split, index, size):
+    made.append(size)
+    return task.batch(split, index, size)
+
+  run(task._replace(batch=batch), tiny(task), tmp_path, batch_size=8)
+  assert sum(made) == 8
+
+
 def test_answers_to_every_token_are_marked(tmp_path, drawn):
   task = TASKS['parity']()
   run(task, tiny(task), tmp_path)

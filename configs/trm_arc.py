@@ -17,6 +17,10 @@ steps a second on one core of a busy machine, solved no test.
   training loss     2.11  1.71  1.48  1.00   .93    .98
   validation loss               1.66  1.13   1.02   .90   (squares: .68 right)
 
+Your own tasks, --config.task.train_path=... --config.task.eval_path=..., may
+lack the outputs of the tests in the second file, as the prize's do: they are
+answered in the submission, not scored, and counted as `test/not_scored`.
+
 NOT TRAINED YET: `arc1` and `arc2`, the recipes of the paper on the whole
 canvas, without ConceptARC, which the published runs also train on.
 

@@ -144,7 +144,7 @@ class Task(NamedTuple):
     in `ceil(size / batch size)` batches; the last one is padded with rows of
     weight 0, which no metric counts. `weight` is float32 `[B]`: 1 for a whole
     row, a share where less of a row is there, so that means are over all that
-    is there.
+    is there; 0 where no target is known.
   augment: `(key, batch) -> batch`, traced inside the training step.
   loss: `(answer, batch) -> (loss_B, metrics_B)`: judges one answer per example
     (logits `[B, *answer, V]`) in float32.

@@ -403,9 +403,7 @@ def test_files_saved_by_spreadsheets_are_read(tmp_path, pairs):
   """A byte order mark before a column's name, and blanks around others."""
   path = tmp_path / 'saved.csv'
   rows = [f'{q},{a}' for q, a in pairs]
-  path.write_text(
-    '\n'.join(['question , answer', *rows]), encoding='utf-8-sig'
-  )
+  path.write_text('\n'.join(['question , answer', *rows]), encoding='utf-8-sig')
   paths = ('train_path', 'validation_path', 'test_path')
   task = sudoku.make(size=4, **dict.fromkeys(paths, str(path)))
   batch = task.batch('test', 0, len(pairs))

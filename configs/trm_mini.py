@@ -193,15 +193,17 @@ def get_config(variant=None):
     'halting': {'splits': ('test',)},
     'pictures': {'split': 'test', 'examples': 3, 'steps': 32},
   }
-  if 'six' in chosen:
+  size = config_lib.one(chosen, ('six', 'nine'))
+  if size == 'six':
     config.task.size = 6
     config.model.vocabulary = 7
-  if 'nine' in chosen:
+  if size == 'nine':
     config.task.size = 9
     config.model.vocabulary = 10
-  if 'attention' in chosen:
+  cell = config_lib.one(chosen, ('attention', 'symmetric'))
+  if cell == 'attention':
     config.model.update(cell='attention', position='learned')
-  if 'symmetric' in chosen:
+  if cell == 'symmetric':
     config.model.update(cell='symmetric', width=32)
   if 'no_digits' in chosen:
     config.task.digits = False

@@ -142,8 +142,13 @@ def test_what_excludes_each_other_is_refused():
     ('trm_sudoku', 'mixer,constraints'),
     ('trm_sudoku', 'T2n2,layers4'),
     ('trm_mini', 'deep,flat'),
+    ('trm_mini', 'attention,symmetric'),
+    ('trm_mini', 'six,nine'),
     ('trm_maze', 'flat,flat_deep'),
     ('trm_arc', 'arc1,arc2'),
   ):
     with pytest.raises(UserError, match='choose one'):
       load(name, variant)
+  data = load('trm_sudoku', 'prefix16')  # of the symmetric cell
+  with pytest.raises(UserError, match="prefix must be 0 with cell 'symmetric'"):
+    build.build(data)

@@ -81,9 +81,10 @@ def make(
     states: 2 for y and z; 1 for z alone, which is then updated n + 1 times in
       a cycle.
     gradient: 'cycle', 'update' or 'all', see `latent.supervision_step`.
-    position: 'none', 'rotation' or 'learned'.
+    position: 'none', 'rotation' or 'learned'; 'none' in the symmetric cell.
     prefix: places before the tokens, at least one where there are puzzles. The
-      published code has 16, the paper's tasks without identities need none.
+      published code has 16, the paper's tasks without identities need none; 0
+      in the symmetric cell.
     vocabulary: number of tokens; 0 for as many as classes.
     mixing: 'constraints' or 'tokens', of the symmetric cell, as are pool,
       pool_width and box, see `trm_cells.symmetric`.
@@ -225,6 +226,12 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
   for name in ('inner', 'prefix', 'vocabulary'):
     if given[name] < 0:
       raise UserError(f'{name} must be >= 0, got {given[name]}')
+  for name, none in (('position', 'none'), ('prefix', 0)):
+    if given['cell'] == 'symmetric' and given[name] != none:
+      raise UserError(
+        f"{name} must be {none!r} with cell 'symmetric', whose places are the "
+        f'cells of a Sudoku alone, got {given[name]!r}'
+      )
   if given['expansion'] <= 0:
     raise UserError(f'expansion must be > 0, got {given["expansion"]}')
   if given['states'] not in (1, 2):

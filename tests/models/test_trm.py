@@ -270,6 +270,8 @@ ERRORS = {
   'box': {'cell': 'symmetric', 'box': (1, 3)},
   'mixing': {'cell': 'symmetric', 'mixing': 'cells'},
   'pool ': {'cell': 'symmetric', 'pool': 'min'},
+  'position ': {'cell': 'symmetric', 'position': 'learned'},
+  'prefix must be 0 with': {'cell': 'symmetric', 'prefix': 16},
   'pool_width': {'cell': 'symmetric', 'pool_width': 7},
 }
 

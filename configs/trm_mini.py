@@ -152,7 +152,7 @@ def get_config(variant=None):
     'states': 2,
     'gradient': 'cycle',
     'position': 'none',
-    'vocabulary': 5,
+    'vocabulary': 0,
     'mixing': 'constraints',
     'pool': 'both',
     'pool_width': 16,
@@ -194,12 +194,7 @@ def get_config(variant=None):
     'pictures': {'split': 'test', 'examples': 3, 'steps': 32},
   }
   size = config_lib.one(chosen, ('six', 'nine'))
-  if size == 'six':
-    config.task.size = 6
-    config.model.vocabulary = 7
-  if size == 'nine':
-    config.task.size = 9
-    config.model.vocabulary = 10
+  config.task.size = {'': 4, 'six': 6, 'nine': 9}[size]
   cell = config_lib.one(chosen, ('attention', 'symmetric'))
   if cell == 'attention':
     config.model.update(cell='attention', position='learned')

@@ -191,7 +191,6 @@ def get_config(variant=None):
     'check_unique': True,
   }
   tiny_recursive.recipe(config)
-  config.model.vocabulary = 10
   config.model.cell = cell
   if cell == 'attention':
     config.model.position = 'rotation'

@@ -85,7 +85,7 @@ def make(
     prefix: places before the tokens, at least one where there are puzzles. The
       published code has 16, the paper's tasks without identities need none; 0
       in the symmetric cell.
-    vocabulary: number of tokens; 0 for as many as classes.
+    vocabulary: number of tokens, not fewer than the task has; 0 for as many.
     mixing: 'constraints' or 'tokens', of the symmetric cell, as are pool,
       pool_width and box, see `trm_cells.symmetric`.
     expansion, multiple: of the SwiGLUs, see `trm_block.inner_width`.
@@ -102,6 +102,7 @@ def make(
   """
   dtype = jnp.dtype(dtype)
   _check(spec, locals())
+  words = vocabulary or spec.vocabulary or spec.classes
   shared = {
     'width': width,
     'layers': layers,
@@ -120,7 +121,7 @@ def make(
       heads=heads,
       position=position,
       prefix=prefix,
-      vocabulary=vocabulary,
+      vocabulary=words,
       **shared,
     )
   names = ('y', 'z') if states == 2 else ('z',)
@@ -251,4 +252,10 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
     raise UserError(
       'the task must have integer tokens [T] and an answer [T], got '
       f'{tokens.dtype}{list(tokens.shape)} and {list(spec.answer)}'
+    )
+  known = spec.vocabulary or spec.classes
+  if 0 < given['vocabulary'] < known:
+    raise UserError(
+      f'vocabulary must be 0 or at least {known}, the tokens of the task, got '
+      f'{given["vocabulary"]}'
     )

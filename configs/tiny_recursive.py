@@ -8,6 +8,7 @@ Networks, 2025 (arXiv 2510.04871), sections 4 and 5.
 
 import ml_collections
 
+from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
 
 # T cycles with n updates of the thought in each; published: 3 and 6.
@@ -100,9 +101,8 @@ def recipe(config: ml_collections.ConfigDict) -> None:
 
 def depart(config: ml_collections.ConfigDict, chosen: set[str]) -> None:
   """Leaves out what the chosen controls name."""
-  grid = sorted(chosen & {*GRID, 'layers4', 'flat', 'flat_deep'})
-  if len(grid) > 1:
-    raise UserError(f'choose one of {", ".join(grid)}: they exclude each other')
+  # Each sets the depth: an error where several do.
+  config_lib.one(chosen, (*GRID, 'layers4', 'flat', 'flat_deep'))
   model = config.model
   for name in chosen & set(GRID):
     model.cycles, model.inner = GRID[name]

@@ -279,6 +279,7 @@ def build_rule(name: str, fields: dict[str, Any], paths: dict[str, Any]):
 def build_evaluators(
   fields: dict[str, dict], model, task, objective, batch_size, output_dir
 ):
+  """Evaluators by name, of `batch_size` rows where they do not say."""
   return {
     name: make(
       'evaluators',
@@ -358,13 +359,15 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
     batch = tasks[0].batch('train', 0, train['batch_size'])
     first_slots = empty_slots(model, tasks[0], objective, slots, batch)
   averaged = optimizers.averaged(config['optimizer']['groups'])
+  # What the memory holds at once in training it holds in evaluation.
+  rows = train['batch_size'] // train['accumulation']
   evaluators = {
     when: build_evaluators(
       config['evaluators'][when],
       model,
       tasks[0],
       objective,
-      train['batch_size'],
+      rows,
       output_dir,
     )
     for when in ('during', 'after')

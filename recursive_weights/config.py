@@ -100,7 +100,8 @@ def base() -> ConfigDict:
         'batches': 1,  # of validation rows, evenly spaced over all domains
       },
       'devices': {'strategy': 'data', 'model_parallel': 1},
-      # Evaluators by name with their arguments, and when they run.
+      # Evaluators by name with their arguments, and when they run. Without a
+      # `batch_size` of its own one takes the rows of a micro-batch.
       'evaluators': {'during': {}, 'after': {}},
     }
   )

@@ -105,6 +105,8 @@ class Spec(NamedTuple):
     batches change with the step, the first of them at step 0; `()` for none.
   puzzles: number of puzzle identities, where inputs are `{'tokens', 'puzzle'}`
     and name each row's (int32 `[B]`); else 0.
+  vocabulary: number of kinds of input tokens; 0 where they are as many as the
+    classes, and where inputs are no tokens.
   domains: names of the domains that texts are of, where inputs have a `domain`
     (int32 `[B]`) that numbers each row's; else ().
   """
@@ -115,6 +117,7 @@ class Spec(NamedTuple):
   sizes: dict[str, int | None]
   phases: tuple = ()
   puzzles: int = 0
+  vocabulary: int = 0
   domains: tuple[str, ...] = ()
 
 
@@ -144,7 +147,7 @@ class Task(NamedTuple):
     in `ceil(size / batch size)` batches; the last one is padded with rows of
     weight 0, which no metric counts. `weight` is float32 `[B]`: 1 for a whole
     row, a share where less of a row is there, so that means are over all that
-    is there.
+    is there; 0 where no target is known.
   augment: `(key, batch) -> batch`, traced inside the training step.
   loss: `(answer, batch) -> (loss_B, metrics_B)`: judges one answer per example
     (logits `[B, *answer, V]`) in float32.

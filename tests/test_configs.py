@@ -203,3 +203,75 @@ def test_a_run_on_other_data_is_another_experiment():
   theirs = build.build(data).config | {'task': ours['task']}
   (line,) = checkpoints.foreign(ours, theirs)
   assert line.startswith('data_hash.train: ')
+
+
+def test_evaluators_take_the_rows_of_a_micro_batch(monkeypatch):
+  """So that what fits in training fits in evaluation; or what they ask for."""
+  data = load('trm_mini', 'smoke')
+  data['training'].update(batch_size=8, accumulation=4)
+  data['evaluators']['after']['halting'] = {
+    'splits': ('test',),
+    'batch_size': 5,
+  }
+  made, rows = build.build_task, set()
+
+  def watched(config, seed):
+    task = made(config, seed)
+
+    def batch(split, index, size):
+      rows.add(size)
+      return task.batch(split, index, size)
+
+    return task._replace(batch=batch)
+
+  monkeypatch.setattr(build, 'build_task', watched)
+  experiment = build.build(data)
+  params = jax.jit(experiment.init)(np.int32(0)).params
+  for evaluator, wanted in (
+    (experiment.during['accuracy'], 2),
+    (experiment.after['accuracy'], 2),
+    (experiment.after['halting'], 5),
+  ):
+    rows.clear()
+    evaluator(params, jax.random.key(0))
+    assert rows == {wanted}
+
+
+def test_data_are_known_by_what_they_are_not_by_where_they_lie(tmp_path):
+  data = load('trm_mini', 'smoke')
+  batch = build.build_task(data, 0).batch('train', 0, 16)
+  rows = [
+    ','.join(''.join(map(str, x)) for x in (question, answer + 1))
+    for question, answer in zip(batch['inputs'], batch['targets'], strict=True)
+  ]
+
+  def built(name, rows):
+    path = tmp_path / name
+    path.write_text('\n'.join(['question,answer', *rows]))
+    splits = ('train_path', 'validation_path', 'test_path')
+    task = data['task'] | dict.fromkeys(splits, str(path))
+    return build.build(data | {'task': task}).config
+
+  here, there = built('here.csv', rows), built('there.csv', rows)
+  assert here['task'] != there['task']
+  assert not checkpoints.foreign(here, there)
+  names = [
+    line.split(':')[0]
+    for line in checkpoints.foreign(here, built('other.csv', rows[1:]))
+  ]
+  splits = ('test', 'train', 'validation')
+  assert names == [f'data_hash.{x}' for x in splits] + [
+    f'task.{x}_path' for x in splits
+  ]
+  # Where no hash is stored the place is all that tells.
+  here, there = (x | {'data_hash': {}} for x in (here, there))
+  assert len(checkpoints.foreign(here, there)) == 3
+
+
+def test_what_only_sounds_like_a_place_is_none():
+  ours, theirs = (
+    {'task': {'name': 'maze_path', 'min_path': x}, 'data_hash': {'train': 'a'}}
+    for x in (1, 2)
+  )
+  (line,) = checkpoints.foreign(ours, theirs)
+  assert line == 'task.min_path: 1 here, 2 there'

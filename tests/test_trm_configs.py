@@ -99,6 +99,18 @@ def test_published_sizes():
     assert number(state.params) == ours
 
 
+def test_every_size_has_its_tokens():
+  """A blank and the digits, none of them fed as zeros."""
+  for variant, size in (('', 4), ('six', 6), ('nine', 9), ('', 6)):
+    data = load('trm_mini', variant)
+    data['task']['size'] = size
+    shapes = build.parameter_shapes(data)
+    assert shapes['embedding'].shape[0] == size + 1
+  for name, words in (('trm_sudoku', 10), ('trm_maze', 5), ('trm_arc', 12)):
+    data = load(name, 'attention' if name == 'trm_sudoku' else '')
+    assert build.parameter_shapes(data)['embedding'].shape[0] == words
+
+
 def test_what_is_carried_between_slices_is_small():
   """Less than 60 MiB in all: slots are emptied, so not saved."""
   for variant in ('mixer,slices', 'slices'):
@@ -142,8 +154,13 @@ def test_what_excludes_each_other_is_refused():
     ('trm_sudoku', 'mixer,constraints'),
     ('trm_sudoku', 'T2n2,layers4'),
     ('trm_mini', 'deep,flat'),
+    ('trm_mini', 'attention,symmetric'),
+    ('trm_mini', 'six,nine'),
     ('trm_maze', 'flat,flat_deep'),
     ('trm_arc', 'arc1,arc2'),
   ):
     with pytest.raises(UserError, match='choose one'):
       load(name, variant)
+  data = load('trm_sudoku', 'prefix16')  # of the symmetric cell
+  with pytest.raises(UserError, match="prefix must be 0 with cell 'symmetric'"):
+    build.build(data)

@@ -55,7 +55,7 @@ def over_split(judge, task, split, *, batch_size, max_batches) -> dict:
       shape.
 
   Returns:
-    The same dict with float64 NumPy arrays.
+    The same dict with float64 NumPy arrays, NaN where no row has a weight.
   """
   examples = task.spec.sizes[split]
   batches = max_batches
@@ -67,7 +67,7 @@ def over_split(judge, task, split, *, batch_size, max_batches) -> dict:
   # The device works on one batch while the host prepares the next.
   results = [judge(task.batch(split, i, batch_size)) for i in range(batches)]
   sums, weights = zip(*jax.device_get(results), strict=True)
-  weight = sum(float(x) for x in weights)
+  weight = sum(float(x) for x in weights) or float('nan')
   return {
     name: sum(x[name].astype('float64') for x in sums) / weight
     for name in sums[0]

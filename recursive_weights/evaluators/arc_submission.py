@@ -40,7 +40,8 @@ def make(
 
   Writes `output_dir/submission.json`: by task a list of its tests, each
   `{'attempt_1': grid, 'attempt_2': grid}`, rows of colours. Where there is no
-  second answer the first stands for it; no answer at all is `[[0]]`.
+  second answer the first stands for it; no answer at all is `[[0]]`. Tests
+  whose output is not known are answered too, and not scored.
 
   Args:
     objective: its answer is judged.
@@ -50,8 +51,10 @@ def make(
     passes: numbers of attempts to score.
 
   Returns:
-    An evaluator with the keys `SPLIT/pass@K`: mean over tasks of the share of a
-    task's tests whose output is among the first K answers.
+    An evaluator with the keys
+      `SPLIT/pass@K`: mean over tasks of the share of a task's tests whose
+        output is among the first K answers, where outputs are known.
+      `SPLIT/not_scored`: number of tests whose output is not known, if any.
 
   Raises:
     UserError: the task is not arc, or an argument is out of range.
@@ -79,7 +82,7 @@ def make(
       if 'way' not in batch:
         raise UserError('arc_submission needs the task arc')
       answer_BX, sure_B = jax.device_get(look(params, batch))
-      for row in np.flatnonzero(batch['weight']):
+      for row in range(min(batch_size, size - index * batch_size)):
         test = f'{batch["task"][row]:08x}', int(batch['pair'][row])
         how = batch['way'][row], batch['colours'][row]
         if test not in truth:
@@ -93,10 +96,13 @@ def make(
     answers = {test: _ranked(votes[test]) for test in truth}
     if output_dir and jax.process_index() == 0:
       _write(pathlib.Path(output_dir) / 'submission.json', answers)
-    return {
-      f'{split}/pass@{number}': _score(answers, truth, number)
-      for number in passes
-    }
+    known = {test: target for test, target in truth.items() if target}
+    found = {}
+    if known:
+      found = {f'{split}/pass@{n}': _score(answers, known, n) for n in passes}
+    if len(known) < len(truth):
+      found[f'{split}/not_scored'] = float(len(truth) - len(known))
+    return found
 
   return evaluate
 

@@ -107,18 +107,20 @@ def make(
       return {}
     folder = pathlib.Path(output_dir) / 'plots'
     batch = _spread(task, split, batch_size)
-    outputs = look(params, batch)
-    metrics_SB = {}
-    if outputs['logits'].ndim == 3 + len(task.spec.answer):
-      metrics_SB = judge(outputs['logits'], batch)
-    seen = jax.device_get((outputs, metrics_SB))
+    seen = shown = None
+    if len(batch['weight']):
+      outputs, metrics_SB = look(params, batch), {}
+      if outputs['logits'].ndim == 3 + len(task.spec.answer):
+        metrics_SB = judge(outputs['logits'], batch)
+      seen = jax.device_get((outputs, metrics_SB))
+      shown = thought(params, batch) if task.drawing is not None else None
     weights = jax.device_get(_weights(model.rules, params))
-    shown = thought(params, batch) if task.drawing is not None else None
     if jax.process_index() == 0:
-      _draw_attention(folder, task, batch, *seen, examples)
+      if seen is not None:
+        _draw_attention(folder, task, batch, *seen, examples)
+        _draw_dynamics(folder, *seen)
       if shown is not None:
         _draw_answers(folder, task, batch, *shown, examples)
-      _draw_dynamics(folder, *seen)
       _draw_spectra(folder, model.rules, weights)
       _draw_curves(folder)
     return {}
@@ -127,14 +129,17 @@ def make(
 
 
 def _spread(task, split, count):
-  """A batch of examples at even distances of a split."""
+  """Examples at even distances of a split, those whose target is known."""
   size = task.spec.sizes[split]
   if size is None:
     return task.batch(split, 0, count)
-  # Splits may be sorted by class, so their first rows show little of them.
-  whole = task.batch(split, 0, size)
+  # Splits may be sorted by class, so their first rows show little of them; and
+  # they may be large, so these rows alone are made.
   rows_B = np.linspace(0, size - 1, min(count, size)).round().astype(int)
-  return jax.tree.map(lambda x: x[rows_B], whole)
+  rows = [task.batch(split, int(row), 1) for row in rows_B]
+  batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+  known_B = batch['weight'] > 0
+  return jax.tree.map(lambda x: x[known_B], batch)
 
 
 def _draw_attention(folder, task, batch, outputs, metrics_SB, examples):

@@ -101,9 +101,9 @@ def make(
 
   Args:
     objective: not used: the loss is that of the next token.
-    batch_size: rows of the training batches that are counted, those of the
-      training itself, so that what trains can be counted; texts are read
-      together.
+    batch_size: rows of the training batches that are counted, no more than
+      those of the training itself, so that what trains can be counted; texts
+      are read together.
     output_dir: folder for `gates.json`, of the last evaluation (of the other
       seeds of `num_seeds` `gates_1.json` and so on), null where a number is not
       finite; '' for nowhere.

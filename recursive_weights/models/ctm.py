@@ -95,7 +95,7 @@ def make(
     position: 'learned', 'rotation' or 'none', see `ctm_attention.init`.
     stem: channels of a convolutional stem on inputs that are a square read
       row by row; 0 for none.
-    vocabulary: number of tokens; 0 for as many as classes.
+    vocabulary: number of tokens; 0 for as many as the task has.
     dropout: rate on attention, synapses and histories, in training.
     gate: adaptive gate on histories (one gate per slot); without it no part
       of it is in the program.
@@ -112,7 +112,7 @@ def make(
   nlm = dict(nlm or {'hidden': 4})
   dtype = jnp.dtype(dtype)
   _check(spec, locals())
-  tokens = vocabulary or spec.classes
+  tokens = vocabulary or spec.vocabulary or spec.classes
   length = spec.inputs.shape[0]
   outputs = int(np.prod(spec.answer)) * spec.classes
   activation = nlm.get('activation', 'glu')

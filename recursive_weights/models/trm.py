@@ -81,10 +81,11 @@ def make(
     states: 2 for y and z; 1 for z alone, which is then updated n + 1 times in
       a cycle.
     gradient: 'cycle', 'update' or 'all', see `latent.supervision_step`.
-    position: 'none', 'rotation' or 'learned'.
+    position: 'none', 'rotation' or 'learned'; 'none' in the symmetric cell.
     prefix: places before the tokens, at least one where there are puzzles. The
-      published code has 16, the paper's tasks without identities need none.
-    vocabulary: number of tokens; 0 for as many as classes.
+      published code has 16, the paper's tasks without identities need none; 0
+      in the symmetric cell.
+    vocabulary: number of tokens, not fewer than the task has; 0 for as many.
     mixing: 'constraints' or 'tokens', of the symmetric cell, as are pool,
       pool_width and box, see `trm_cells.symmetric`.
     expansion, multiple: of the SwiGLUs, see `trm_block.inner_width`.
@@ -101,6 +102,7 @@ def make(
   """
   dtype = jnp.dtype(dtype)
   _check(spec, locals())
+  words = vocabulary or spec.vocabulary or spec.classes
   shared = {
     'width': width,
     'layers': layers,
@@ -119,7 +121,7 @@ def make(
       heads=heads,
       position=position,
       prefix=prefix,
-      vocabulary=vocabulary,
+      vocabulary=words,
       **shared,
     )
   names = ('y', 'z') if states == 2 else ('z',)
@@ -225,6 +227,12 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
   for name in ('inner', 'prefix', 'vocabulary'):
     if given[name] < 0:
       raise UserError(f'{name} must be >= 0, got {given[name]}')
+  for name, none in (('position', 'none'), ('prefix', 0)):
+    if given['cell'] == 'symmetric' and given[name] != none:
+      raise UserError(
+        f"{name} must be {none!r} with cell 'symmetric', whose places are the "
+        f'cells of a Sudoku alone, got {given[name]!r}'
+      )
   if given['expansion'] <= 0:
     raise UserError(f'expansion must be > 0, got {given["expansion"]}')
   if given['states'] not in (1, 2):
@@ -244,4 +252,10 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
     raise UserError(
       'the task must have integer tokens [T] and an answer [T], got '
       f'{tokens.dtype}{list(tokens.shape)} and {list(spec.answer)}'
+    )
+  known = spec.vocabulary or spec.classes
+  if 0 < given['vocabulary'] < known:
+    raise UserError(
+      f'vocabulary must be 0 or at least {known}, the tokens of the task, got '
+      f'{given["vocabulary"]}'
     )

@@ -60,13 +60,12 @@ def sequence(
     width, layers, heads: of the blocks.
     position: 'none', 'rotation' (attention alone) or 'learned'.
     prefix: places before the tokens.
-    vocabulary: number of tokens; 0 for as many as classes.
+    vocabulary: number of tokens.
     expansion, multiple: of the SwiGLUs, see `trm_block.inner_width`.
     halves: the programs of the blocks.
   """
   length = spec.answer[0]
   tokens = prefix + length
-  words = vocabulary or spec.classes
   _check_sequence(spec, kind, width, heads, position, prefix)
   turn = None
   if position == 'rotation':
@@ -87,7 +86,7 @@ def sequence(
       )
 
     params = {
-      'embedding': trm_block.truncated(keys[0], (words, width), deviation),
+      'embedding': trm_block.truncated(keys[0], (vocabulary, width), deviation),
       'blocks': jax.vmap(block)(jax.random.split(keys[1], layers)),
       'start': _start(keys[2], width),
       'readout': trm_block.lecun(keys[3], width, spec.classes),

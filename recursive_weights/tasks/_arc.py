@@ -29,7 +29,8 @@ class Pairs(NamedTuple):
   """Inputs and outputs of tasks.
 
   grids: colours, uint8 `[P, 2, C, C]`, input first.
-  sizes: heights and widths, int `[P, 2, 2]`.
+  sizes: heights and widths, int `[P, 2, 2]`; an output that is not known is
+    0 x 0.
   task: index of each pair's task, int `[P]`.
   number: of the pair among its task's demonstrations or tests, int `[P]`.
   test: whether it is one of its task's tests, bool `[P]`.
@@ -89,8 +90,13 @@ def from_file(path: str) -> dict[str, Any]:
   return tasks
 
 
-def pairs(tasks: dict[str, Any], canvas: int) -> Pairs:
+def pairs(tasks: dict[str, Any], canvas: int, asked: set[str]) -> Pairs:
   """All pairs of tasks, task by task.
+
+  Args:
+    tasks: by name.
+    canvas: C.
+    asked: names of those whose tests may lack an output.
 
   Raises:
     UserError: a grid is none, or exceeds the canvas (it names the task).
@@ -101,7 +107,11 @@ def pairs(tasks: dict[str, Any], canvas: int) -> Pairs:
       for number, pair in enumerate(task[kind]):
         for side in ('input', 'output'):
           where = f'ARC task {name}, {kind} {side} {number}'
-          grid = _grid(pair.get(side), where)
+          hidden = name in asked and (kind, side) == ('test', 'output')
+          if hidden and pair.get(side) is None:
+            grid = np.zeros((0, 0), np.uint8)
+          else:
+            grid = _grid(pair.get(side), where)
           if max(grid.shape) > canvas:
             raise UserError(
               f'{where} must fit the canvas of {canvas} x {canvas}, got '

@@ -50,9 +50,10 @@ def read(path: str, limit: int) -> Rows:
   """
   lines, questions, answers = [], [], []
   try:
-    with open(path, newline='', encoding='utf-8') as file:
+    # What spreadsheets save begins with a byte order mark.
+    with open(path, newline='', encoding='utf-8-sig') as file:
       reader = csv.reader(file)
-      header = next(reader, [])
+      header = [name.strip() for name in next(reader, [])]
       if 'question' not in header or 'answer' not in header:
         raise UserError(
           f'{path}, line 1: columns must include question and answer, got '

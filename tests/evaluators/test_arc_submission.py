@@ -1,12 +1,15 @@
 """Votes of versions, scored by hand, and the submission file."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import trm_arc
+from recursive_weights import build, config
 from recursive_weights.evaluators import arc_submission
 from recursive_weights.interfaces import Model, UserError
 from recursive_weights.recursion import objective
@@ -134,6 +137,69 @@ def test_votes_then_certainty_rank_answers(task, tmp_path):
   ]
   assert submission['0000000c'] == [{'attempt_1': [[0]], 'attempt_2': [[0]]}]
   assert list(submission) == ['0000000b', '0000000c', '0000000d']
+
+
+def test_tests_without_output_are_answered_and_not_scored(tmp_path):
+  """From files as the prize's to a submission, by a network that knows none."""
+  shown = {'input': [[1, 2], [3, 4]], 'output': [[1]]}
+  hidden = {'input': [[5, 0], [0, 5]]}
+  paths = {}
+  for name, tasks in (
+    ('train', {'0000000a': {'train': [shown], 'test': [shown]}}),
+    (
+      'eval',
+      {
+        '0000000b': {'train': [shown], 'test': [hidden]},
+        '0000000c': {'train': [shown], 'test': [shown, hidden]},
+      },
+    ),
+    ('prize', {'0000000b': {'train': [shown], 'test': [hidden]}}),
+  ):
+    paths[name] = str(tmp_path / f'{name}.json')
+    pathlib.Path(paths[name]).write_text(json.dumps(tasks))
+
+  def evaluated(evaluation):
+    data = config.to_data(trm_arc.get_config('smoke'))
+    data['task'].update(
+      train_path=paths['train'], eval_path=evaluation, tasks=(), canvas=4
+    )
+    data['evaluators']['after'] = {
+      'accuracy': {'splits': ('test',)},
+      'arc_submission': {'split': 'test', 'passes': (1, 2)},
+    }
+    experiment = build.build(data, str(tmp_path))
+    params = jax.jit(experiment.init)(np.int32(0)).params
+    found = {}
+    for evaluator in experiment.after.values():
+      found |= evaluator(params, jax.random.key(0))
+    submission = json.loads((tmp_path / 'submission.json').read_text())
+    return experiment.tasks[0], found, submission
+
+  task, found, submission = evaluated(paths['eval'])
+  assert {name: len(tests) for name, tests in submission.items()} == {
+    '0000000b': 1,
+    '0000000c': 2,
+  }
+  for attempts in (a for tests in submission.values() for a in tests):
+    assert set(attempts) == {'attempt_1', 'attempt_2'}
+    assert all(np.ndim(grid) == 2 for grid in attempts.values())
+  assert found['test/not_scored'] == 2
+  assert found['test/pass@2'] in (0.0, 1.0)  # of the one that is known
+  assert np.isfinite(found['test/accuracy'])
+  batch = task.batch('test', 0, task.spec.sizes['test'])
+  assert batch['weight'].tolist() == [0, 0, 1, 1, 0, 0]
+
+  # The right answers, where there are any, are all that scores.
+  assert run(task, batch['targets'], np.ones(6, np.float32)) == {
+    'test/pass@1': 1.0,
+    'test/pass@2': 1.0,
+    'test/not_scored': 2.0,
+  }
+
+  _, found, submission = evaluated(paths['prize'])
+  assert list(submission) == ['0000000b'] and len(submission['0000000b']) == 1
+  assert found.pop('test/not_scored') == 1
+  assert not [x for x in found.values() if np.isfinite(x)]
 
 
 def test_nothing_is_written_without_a_folder(task, tmp_path, monkeypatch):

@@ -173,6 +173,45 @@ def test_numbers_are_those_of_evenly_spread_examples(tmp_path, drawn):
     assert kwargs['title'] == f'Example {number}: {batch["targets"][row]}'
 
 
+def test_no_row_is_made_that_is_not_shown(tmp_path, drawn):
+  task = TASKS['digits']()
+  made = []
+
+  def batch(split, index, size):
+    made.append(size)
+    return task.batch(split, index, size)
+
+  run(task._replace(batch=batch), tiny(task), tmp_path, batch_size=8)
+  assert sum(made) == 8
+
+
+def test_answers_that_are_not_known_are_not_shown(tmp_path, drawn):
+  task = DRAWN['sudoku']()
+  asked = {0, 3, 4}  # of eight puzzles
+
+  def hiding(rows):
+    def batch(split, index, size):
+      found = task.batch(split, index, size)
+      first = index * size
+      hidden_B = [row in rows for row in range(first, first + size)]
+      return found | {'weight': np.where(hidden_B, 0, found['weight'])}
+
+    return task._replace(batch=batch)
+
+  run(hiding(asked), thinker(task, 3), tmp_path, examples=8)
+  assert {f'answer_{i}.png' for i in range(5)} < set(drawn)
+  assert 'answer_5.png' not in drawn
+  (values,), _ = drawn['depth.png']
+  kept = [row for row in range(8) if row not in asked]
+  targets_BX = task.batch('test', 0, 8)['targets'][kept]
+  last_BX = np.where(np.arange(16) % 5 < 3, targets_BX, 0)
+  share = (last_BX == targets_BX).mean()
+  np.testing.assert_allclose(values['accuracy'][-1], share, rtol=1e-6)
+  drawn.clear()
+  run(hiding(range(8)), thinker(task, 3), tmp_path)
+  assert not drawn
+
+
 def test_answers_to_every_token_are_marked(tmp_path, drawn):
   task = TASKS['parity']()
   run(task, tiny(task), tmp_path)

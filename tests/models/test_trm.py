@@ -207,6 +207,19 @@ def test_pools_by_loops():
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_there_is_a_vector_for_every_token_of_the_task():
+  spec = sudoku(4)._replace(vocabulary=5)
+  for given, words in ((0, 5), (5, 5), (7, 7)):
+    model = trm.make(spec, vocabulary=given, **SMALL)
+    params = model.init(jax.random.key(0), None)
+    assert params['embedding'].shape == (words, SMALL['width'])
+  with pytest.raises(UserError, match='vocabulary must be 0 or at least 5'):
+    trm.make(spec, vocabulary=4, **SMALL)
+  # Tokens that are not counted are as many as the classes.
+  params = trm.make(sudoku(4), **SMALL).init(jax.random.key(0), None)
+  assert len(params['embedding']) == 4
+
+
 def test_puzzles_have_a_place_of_their_own():
   spec = sudoku(4)._replace(puzzles=3)
   model = trm.make(spec, vocabulary=5, prefix=1, **SMALL)
@@ -270,6 +283,8 @@ ERRORS = {
   'box': {'cell': 'symmetric', 'box': (1, 3)},
   'mixing': {'cell': 'symmetric', 'mixing': 'cells'},
   'pool ': {'cell': 'symmetric', 'pool': 'min'},
+  'position ': {'cell': 'symmetric', 'position': 'learned'},
+  'prefix must be 0 with': {'cell': 'symmetric', 'prefix': 16},
   'pool_width': {'cell': 'symmetric', 'pool_width': 7},
 }
 

@@ -276,6 +276,10 @@ def spoil(sets, kind):
     pair['output'] = [[1, 2], [3]]
   elif kind == 'missing':
     del pair['output']
+  elif kind == 'missing test':
+    del training['00000003']['test'][0]['output']
+  elif kind == 'missing demonstration':
+    del evaluation['e0000001']['train'][1]['output']
   elif kind == 'twice':
     evaluation['00000003'] = training['00000003']
   elif kind == 'name':
@@ -302,6 +306,14 @@ def spoil(sets, kind):
     ('colour', 'task 00000003, train output 1 must be rows of colours'),
     ('ragged', 'task 00000003, train output 1 must be rows of colours'),
     ('missing', 'task 00000003, train output 1 must be rows of .* got None'),
+    (
+      'missing test',
+      'task 00000003, test output 0 must be rows of .* got None',
+    ),
+    (
+      'missing demonstration',
+      'task e0000001, train output 1 must be rows of .* got None',
+    ),
     ('twice', 'training or evaluation, got 00000003 for both'),
     ('name', "eight hexadecimal digits, got 'puzzle'"),
     ('no test', "task 00000003 must have a list of pairs 'test'"),

@@ -86,8 +86,13 @@ def test_one_question_a_row_with_splits(tmp_path):
   ]
   rows.append({'split': 'other', 'intent': 'none', 'text': 'of no use'})
   fields = {'question': 'text', 'answer': 'intent', 'cluster': 'intent'}
-  for kind in ('csv', 'jsonl'):
-    task = make(write(tmp_path / f'b.{kind}', rows), test='', **fields)
+  for kind, encoding in (
+    ('csv', 'utf-8'), ('csv', 'utf-8-sig'), ('jsonl', 'utf-8')
+  ):  # fmt: skip
+    path = tmp_path / f'b.{kind}'
+    write(path, rows)
+    path.write_text(path.read_text(), encoding)  # a spreadsheet's has a mark
+    task = make(str(path), test='', **fields)
     assert task.spec.sizes == {'train': 6, 'validation': 3, 'test': 3}
     names = question_answer.hashed(['ask 0', 'ask 1', 'ask 2'])
     np.testing.assert_allclose(task.answers, names)

@@ -399,6 +399,18 @@ def test_files_give_their_puzzles_in_order(tmp_path, pairs, check_unique):
     assert text(batch['targets'][row] + 1) == answer
 
 
+def test_files_saved_by_spreadsheets_are_read(tmp_path, pairs):
+  """A byte order mark before a column's name, and blanks around others."""
+  path = tmp_path / 'saved.csv'
+  rows = [f'{q},{a}' for q, a in pairs]
+  path.write_text('\n'.join(['question , answer', *rows]), encoding='utf-8-sig')
+  paths = ('train_path', 'validation_path', 'test_path')
+  task = sudoku.make(size=4, **dict.fromkeys(paths, str(path)))
+  batch = task.batch('test', 0, len(pairs))
+  assert [text(row) for row in batch['inputs']] == [q for q, _ in pairs]
+  assert [text(row + 1) for row in batch['targets']] == [a for _, a in pairs]
+
+
 def test_data_hash_is_of_the_data(tmp_path, pairs):
   one = from_files(tmp_path, pairs)
   same = from_files(tmp_path, pairs, seed=4)

@@ -60,6 +60,11 @@ def test_spec_describes_batches(task):
     if task.spec.puzzles:
       assert 0 <= batch['inputs']['puzzle'].min()
       assert batch['inputs']['puzzle'].max() < task.spec.puzzles
+    words = batch['inputs']
+    words = words['tokens'] if isinstance(words, dict) else words
+    if np.issubdtype(words.dtype, np.integer):
+      assert 0 <= words.min()
+      assert words.max() < (task.spec.vocabulary or task.spec.classes)
     chex.assert_shape(batch['targets'], (8, *task.spec.answer))
     assert batch['targets'].dtype == np.int32
     assert 0 <= batch['targets'].min()

@@ -109,6 +109,24 @@ def test_foreign_is_refused(run):
   assert int(saved.restore_newest(abstract).step) == 30
 
 
+def test_a_run_goes_on_where_its_data_have_moved(tmp_path):
+  def go_on(path, digest, steps):
+    experiment = toy.experiment(training__steps=steps)
+    task = {'name': 'toy', 'path': path}
+    config = experiment.config | {'task': task, 'data_hash': {'train': digest}}
+    loop.run(experiment._replace(config=config), tmp_path)
+    return json.loads((tmp_path / 'config.json').read_text())['task']['path']
+
+  assert go_on('/here', 'a', 20) == '/here'
+  caught = tmp_path / 'metrics.jsonl'
+  before = caught.read_text()
+  assert go_on('/there', 'a', 30) == '/there'
+  # It went on, it did not start again: what was reported stands.
+  assert caught.read_text().startswith(before) and caught.read_text() != before
+  with pytest.raises(UserError, match=r"data_hash\.train: 'b' here, 'a' there"):
+    go_on('/there', 'b', 40)
+
+
 def test_another_shape_is_refused(run):
   saved, abstract = run
   wide = jax.tree.map(

@@ -69,8 +69,9 @@ better, and .01 to .02 of such a number is chance. The hard test in TF32: .829
 and .967. (The second run's half over cells was a kernel of an earlier form:
 38.4 ms a step of 256 rows, now 34.5 in a whole run.)
 
-All runs of this file but those from 57,000 steps on drew the least number of steps once for an example, where
-slots now draw it at every step as the published code does.
+All runs of this file but those from 57,000 steps on drew the least number of
+steps once for an example, where slots now draw it at every step as the
+published code does.
 
 `constraints` is the same cell when it adds over rows, columns and boxes instead
 of learning what to add. That cannot tell a puzzle from one with its rows

@@ -32,6 +32,9 @@ BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'saturation': (LOW, LOW, 0.02, 0.035),
   'update': (1e-5, 5e-3, 0.7, 1.2),
   'half_life': (1.0, 2.0, 1e4, 1e5),
+  # One head of many may well be of no use, or there for the last token alone.
+  # A quarter of a layer's is no accident: no healthy model had any.
+  'collapsed': (LOW, LOW, 0.0, 0.24),
   'selection': (1e-6, 1e-3, HIGH, HIGH),
   'contribution': (1e-3, 0.01, HIGH, HIGH),
   'gradient_share': (0.03, 0.1, HIGH, HIGH),
@@ -53,7 +56,7 @@ GATES = {
   'G3': ('fall', 'gradient_norm'),
   'G3.5': (
     *('growth', 'evenness', 'structure', 'top1', 'saturation', 'update'),
-    *('half_life', 'selection'),
+    *('half_life', 'collapsed', 'selection'),
   ),
   'G3.6': (
     *('contribution', 'gradient_share', 'phase_shift'),

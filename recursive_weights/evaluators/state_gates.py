@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import statistics
 from typing import Any
 
 import jax
@@ -57,9 +58,13 @@ def make(
     structure          top1 over top1 of a random state
     saturation         share of entries beyond 5 rms
     cosine, update     of the states before and after a token
-    half_life          tokens in which a perturbation of the state halves, the
-                       median over heads and texts: measured, not read off the
-                       parameters, so the same for any recurrence
+    half_life          tokens in which a perturbation of a head's state halves,
+                       the median over heads and texts: measured, not read off
+                       the parameters, so the same for any recurrence
+    half_life_least,   of the heads that forget soonest and latest, each the
+      half_life_most   median over texts
+    collapsed          share of heads whose half-life is less than .1 tokens or
+                       more than 1e5: decays of 0 or 1
     selection          how much the decays depend on the text
     contribution       rise of the loss where the layer's component puts out 0
     spread             standard deviation over tokens of what it puts out, over
@@ -118,8 +123,9 @@ def make(
   Returns:
     An evaluator with the keys `gates/GATE` (0 PASS, 1 WARN, 2 FAIL), and by
     component `gates/NAME/COMPONENT` for half_life_least, half_life_most,
-    update, selection, activation (spread; the worst layer's all), memory,
-    contribution and gradient_share.
+    collapsed, update, selection, activation (spread; the worst layer's all),
+    memory, contribution, gradient (its norm) and gradient_share, and for rms
+    and entropy (means over layers).
 
   Raises:
     UserError: the model is no language model, the task is no text, its held-out
@@ -220,20 +226,24 @@ def _whole(values, untrained, survives, counted):
 
 
 def _metrics(verdicts, values):
-  """What goes into a line of metrics: gates, the worst of each component."""
+  """What goes into a line of metrics: gates, and one number a component."""
   found = {
     f'gates/{gate}': float(_verdicts.VERDICTS.index(x['verdict']))
     for gate, x in verdicts.items()
   }
   for name, measure, pick in (
-    ('half_life_least', 'half_life', min),
-    ('half_life_most', 'half_life', max),
+    ('half_life_least', 'half_life_least', min),
+    ('half_life_most', 'half_life_most', max),
+    ('collapsed', 'collapsed', max),
     ('update', 'update', min),
     ('selection', 'selection', min),
     ('memory', 'memory', min),
     ('contribution', 'contribution', min),
+    ('gradient', 'gradient', min),
     ('gradient_share', 'gradient_share', min),
     ('activation', 'spread', min),
+    ('rms', 'rms', statistics.fmean),
+    ('entropy', 'entropy', statistics.fmean),
   ):
     by_component: dict[str, list[float]] = {}
     for place, value in values.get(measure, {}).items():

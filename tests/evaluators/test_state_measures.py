@@ -134,6 +134,25 @@ def test_half_life_of_what_never_halves():
   assert found == pytest.approx(_state_measures.NEVER)
 
 
+@pytest.mark.parametrize(
+  ('dead', 'verdict'), [(0, 'PASS'), (1, 'WARN'), (2, 'FAIL'), (3, 'FAIL')]
+)
+@pytest.mark.parametrize('value', [0.0, 0.05, 2e5, _state_measures.NEVER])
+def test_a_quarter_of_collapsed_heads_is_too_many(dead, verdict, value):
+  """Of eight, whose median stays what it was."""
+  lives = np.array([0.43, 693.0, 2.0, 5.0, 12.0, 25.0, 60.0, 250.0])
+  lives[2 : 2 + dead] = value
+  share = _state_measures.collapsed(np.stack([lives, np.full(8, 9.0)]))
+  np.testing.assert_allclose(share, [dead / 8, 0])
+  places = {'a@0': float(share[0])}
+  gates = _verdicts.judge({'collapsed': places}, _verdicts.bounds({}))
+  assert gates['G3.5']['verdict'] == verdict
+
+
+def test_a_half_life_that_is_not_finite_is_no_life():
+  assert _state_measures.collapsed(np.array([1.0, np.nan])) == 0.5
+
+
 def test_selection_is_the_spread_of_decays_over_texts():
   rate_BH = np.array([[0.1, 0.2], [0.3, 0.2]])
   curve = np.exp(-rate_BH[None] * np.arange(20)[:, None, None])

@@ -155,8 +155,11 @@ def _of_states(first, second, random):
     before = second['before'][component]
     noise = _like(before, random), _like(after, random)
     for states, kept in (((before, after), values), (noise, controls)):
-      for name, x_BLH in jax.device_get(_describe(*states)).items():
-        _add(kept, name, component, x_BLH.mean((0, 2)))
+      described = jax.device_get(_describe(*states))
+      found = {name: x_BLH.mean((0, 2)) for name, x_BLH in described.items()}
+      found['capacity'] = np.prod(after.shape[3:]) * found['update']
+      for name, x_L in found.items():
+        _add(kept, name, component, x_L)
     # Sizes of the first chunk's states.
     both = np.stack([first['after'][component][0], after[-1]])
     size = np.sqrt(np.square(both).mean((-2, -1))).mean((1, 3)) + 1e-30

@@ -18,7 +18,7 @@ NEVER = 1e6  # tokens: a half-life that is longer is given as this
 # with a shorter one keeps less than a thousandth of its state for a token, and
 # one with a longer one loses less than that in a thousand tokens. Heads of
 # healthy models lie far inside: from .4 to 700 where Mamba-2 starts as
-# published, from .7 to 260 in trained hybrids, RWKV-6 and Mamba-2.
+# published, from .5 to 250 in trained hybrids, RWKV-6 and Mamba-2.
 ALIVE = (0.1, 1e5)
 _TINY = 1e-30
 

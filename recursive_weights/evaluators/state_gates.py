@@ -58,6 +58,9 @@ def make(
     structure          top1 over top1 of a random state
     saturation         share of entries beyond 5 rms
     cosine, update     of the states before and after a token
+    capacity           entries of the layer's state times update, W of
+                       GroundThink: it grows with the state whether that is of
+                       use or not (`utilisation` counts what is used)
     half_life          tokens in which a perturbation of a head's state halves,
                        the median over heads and texts: measured, not read off
                        the parameters, so the same for any recurrence
@@ -83,8 +86,13 @@ def make(
   of tokens other than the one just read: a tied head of width D begins with a
   logit of .02 D for that one, with nothing wrong.
 
-  Two controls stand beside: `random`, the same with Gaussian states of the same
-  size, and `untrained`, a fresh initialisation of the same model.
+  Three controls stand beside, each of what it can be of: `random`, measures of
+  states and `memory` with Gaussian states of the same size; `untrained`, all of
+  them for a fresh initialisation of the same model; `healthy`, least and
+  greatest of trained models that passed, by component where one of
+  them had it. Those were measured once, and only what is judged of states and
+  components (`_verdicts.healthy`): they are other models on other text, so not
+  what this one should have, but where such models lie.
 
   Gates are functions of these and of `bounds` alone (`_verdicts`): G0 the text
   survives its tokens, G1 outputs are finite, G2 entropy of predictions and
@@ -98,7 +106,7 @@ def make(
   256 or one kind of layer alone pass too
   (`benchmarks/results/hybrid_gates.json`). Nothing here judges `memory`,
   `cosine`, `top5` and `rwkv_over_ssm`, which did not tell healthy from broken,
-  and `entropy`, which did not in larger heads.
+  `entropy`, which did not in larger heads, and `capacity`, as `update` is.
 
   Cost, with `layers`: a forward pass over the texts for each component of each
   layer, as many for the untrained model at the first call, one backward pass,
@@ -109,9 +117,9 @@ def make(
     batch_size: rows of the training batches that are counted, those of the
       training itself, so that what trains can be counted; texts are read
       together.
-    output_dir: folder for `gates.json`, of the last evaluation (of the other
-      seeds of `num_seeds` `gates_1.json` and so on), null where a number is not
-      finite; '' for nowhere.
+    output_dir: folder for `gates.json`, of the last evaluation alone (of the
+      other seeds of `num_seeds` `gates_1.json` and so on), null where a number
+      is not finite; '' for nowhere. What is returned stays in metrics.jsonl.
     split: held-out text, whose rows follow one another (`tasks.text`).
     rows: texts.
     tokens: of each, a multiple of 2 chunks.
@@ -146,7 +154,7 @@ def make(
       f'> 1 and tokens a multiple of 2 chunks, got rows {rows}, chunk {chunk} '
       f'and tokens {tokens}'
     )
-  limits = _verdicts.bounds(bounds or {})
+  limits, trained = _verdicts.bounds(bounds or {}), _verdicts.healthy()
   batch = _state_texts.windows(task, split, rows, tokens)
   survives = all(_state_texts.survives(text, row) for row in batch)
   task.batch('train', 0, batch_size)  # a text too short is an error now
@@ -187,7 +195,7 @@ def make(
     values |= _whole(values, untrained, survives, counted)
     verdicts = _verdicts.judge(values, limits)
     controls = {'random': random, 'untrained': untrained}
-    shown = _verdicts.table(verdicts, values, controls)
+    shown = _verdicts.table(verdicts, values, controls, trained)
     _log.info('gates\n%s', shown)
     if output_dir and jax.process_index() == 0:
       seed = list(before_training).index(name)
@@ -198,6 +206,7 @@ def make(
           'gates': verdicts,
           'measures': values,
           'controls': controls,
+          'healthy': trained,
           'bounds': {name: list(four) for name, four in limits.items()},
         },
       )

@@ -309,11 +309,19 @@ def test_measures_stand_beside_controls(judged):
   _, report = judged(trained)
   values = report['measures']
   random, untrained = (report['controls'][k] for k in ('random', 'untrained'))
+  healthy = report['healthy']
+  # Where trained models lie is what they were measured to have, by component.
+  for measure in ('contribution', 'half_life', 'top1'):
+    least, most = healthy[measure]['hybrid/ssm']
+    assert healthy[measure][''][0] <= least < most <= healthy[measure][''][1]
   for place, share in values['top1'].items():
     # States of few writes have few directions, random ones all.
     assert share > random['top1'][place] > 1 / tiny_hybrid.KEYS
     assert random['cosine'][place] == pytest.approx(0, abs=0.2)
     assert random['update'][place] == pytest.approx(math.sqrt(2), rel=0.1)
+    entries = tiny_hybrid.HEADS * tiny_hybrid.KEYS**2
+    capacity = entries * values['update'][place]
+    assert values['capacity'][place] == pytest.approx(capacity)
     assert random['rms'][place] == pytest.approx(values['rms'][place], rel=0.2)
   assert values['loss'][''] < 1 < untrained['loss']['']
   # What is handed on is of use, and so is each half.

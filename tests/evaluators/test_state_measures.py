@@ -341,8 +341,36 @@ def test_the_worst_place_speaks_for_a_gate():
   warned, failed = found['G3.5']['reasons']
   assert warned == 'WARN half_life a@1 = 1.5, wanted >= 2 and <= 100'
   assert failed.startswith('FAIL half_life b@0 = 0.5')
-  shown = _verdicts.table(found, {'half_life': {'a@0': 10.0}}, {'random': {}})
-  assert 'G3.5  FAIL' in shown and 'half_life a@0' in shown
+  values = {'half_life': {'a@0': 10.0, 'b@1': 9.0}, 'memory': {'a': 0.5}}
+  shown = _verdicts.table(
+    found,
+    values,
+    {'random': {'memory': {'a': 0.25}}},
+    {'half_life': {'a': (3.0, 80.0), '': (1.5, 90.0)}},
+  )
+  rows = [line.split() for line in shown.splitlines()]
+  assert rows[2][:2] == ['G3.5', 'FAIL']
+  assert rows[-4:] == [
+    ['measure', 'model', 'random', 'healthy'],
+    ['half_life', 'a@0', '10', '3', 'to', '80'],
+    ['half_life', 'b@1', '9', '1.5', 'to', '90'],  # no b was trained
+    ['memory', 'a', '0.5', '0.25'],
+  ]
+
+
+def test_healthy_models_lie_within_the_bounds():
+  """Of every measure of states and components that is judged."""
+  ranges = _verdicts.healthy()
+  judged = {*_verdicts.GATES['G3.5'], *_verdicts.GATES['G3.6']}
+  assert judged <= set(ranges)
+  for measure, by_component in ranges.items():
+    least, most = by_component['']
+    assert least == min(x for x, _ in by_component.values())
+    assert most == max(x for _, x in by_component.values())
+    if measure in judged:
+      four = _verdicts.BOUNDS[measure]
+      assert not any(_verdicts.judge_value(x, four) for x in (least, most))
+  assert {'hybrid/time', 'hybrid/ssm', 'mamba2'} < set(ranges['half_life'])
 
 
 def test_every_measure_of_a_gate_has_bounds_that_rise():

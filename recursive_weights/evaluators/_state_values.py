@@ -79,11 +79,15 @@ def measure(
   text_BT = later_inputs[:, :few].swapaxes(0, 1).reshape(few, -1)
   fading = reader.fade(params, *_state_reading.pushed(some, text_BT, random))
   for component, distance in jax.device_get(fading).items():
-    for name, x_LH in (
-      ('half_life', np.median(_state_measures.half_life(distance), 1)),
-      ('selection', _state_measures.selection(distance)),
+    life_LH = np.median(_state_measures.half_life(distance), 1)
+    for name, x_L in (
+      ('half_life', np.median(life_LH, 1)),
+      ('half_life_least', life_LH.min(1)),
+      ('half_life_most', life_LH.max(1)),
+      ('collapsed', _state_measures.collapsed(life_LH)),
+      ('selection', np.median(_state_measures.selection(distance), 1)),
     ):
-      _add(values, name, component, np.median(x_LH, 1))
+      _add(values, name, component, x_L)
 
   for component, state in _state_reading.states(middle).items():
     state = np.asarray(state)
@@ -151,8 +155,11 @@ def _of_states(first, second, random):
     before = second['before'][component]
     noise = _like(before, random), _like(after, random)
     for states, kept in (((before, after), values), (noise, controls)):
-      for name, x_BLH in jax.device_get(_describe(*states)).items():
-        _add(kept, name, component, x_BLH.mean((0, 2)))
+      described = jax.device_get(_describe(*states))
+      found = {name: x_BLH.mean((0, 2)) for name, x_BLH in described.items()}
+      found['capacity'] = np.prod(after.shape[3:]) * found['update']
+      for name, x_L in found.items():
+        _add(kept, name, component, x_L)
     # Sizes of the first chunk's states.
     both = np.stack([first['after'][component][0], after[-1]])
     size = np.sqrt(np.square(both).mean((-2, -1))).mean((1, 3)) + 1e-30

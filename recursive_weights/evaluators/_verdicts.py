@@ -5,11 +5,16 @@ places (a component, or a layer of one), and the worst of them counts.
 """
 
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from recursive_weights.interfaces import UserError
+from recursive_weights.io import json_files
 
+MEASURED = pathlib.Path(__file__).parents[1] / (
+  'benchmarks/results/hybrid_gates.json'
+)
 VERDICTS = ('PASS', 'WARN', 'FAIL')
 # No bound on this side.
 LOW, HIGH = -1e30, 1e30
@@ -32,6 +37,9 @@ BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'saturation': (LOW, LOW, 0.02, 0.035),
   'update': (1e-5, 5e-3, 0.7, 1.2),
   'half_life': (1.0, 2.0, 1e4, 1e5),
+  # One head of many may well be of no use, or there for the last token alone.
+  # A quarter of a layer's is no accident: no healthy model had any.
+  'collapsed': (LOW, LOW, 0.0, 0.24),
   'selection': (1e-6, 1e-3, HIGH, HIGH),
   'contribution': (1e-3, 0.01, HIGH, HIGH),
   'gradient_share': (0.03, 0.1, HIGH, HIGH),
@@ -53,7 +61,7 @@ GATES = {
   'G3': ('fall', 'gradient_norm'),
   'G3.5': (
     *('growth', 'evenness', 'structure', 'top1', 'saturation', 'update'),
-    *('half_life', 'selection'),
+    *('half_life', 'collapsed', 'selection'),
   ),
   'G3.6': (
     *('contribution', 'gradient_share', 'phase_shift'),
@@ -83,6 +91,27 @@ def bounds(changed: Mapping[str, Any]) -> dict[str, tuple]:
         f' warn above, fail above), got {four}'
       )
   return BOUNDS | dict(changed)
+
+
+def healthy() -> dict[str, dict[str, tuple[float, float]]]:
+  """What trained models had that passed: least and greatest.
+
+  By measure and component, '' for all components together; of the measures that
+  `MEASURED` has, which are those that are judged of states and components.
+  """
+  found: dict[str, dict[str, tuple[float, float]]] = {}
+  for run in json_files.read(MEASURED)['runs']:
+    if run['defect']:
+      continue
+    for measure, by_component in run['measures'].items():
+      places = found.setdefault(measure, {})
+      for component, values in by_component.items():
+        if not isinstance(values, list):  # of the model or of all layers
+          values = [values]
+        for place in {component, ''}:
+          least, most = places.get(place, (math.inf, -math.inf))
+          places[place] = min(least, *values), max(most, *values)
+  return found
 
 
 def judge_value(value: float, four: tuple) -> int:
@@ -124,20 +153,32 @@ def table(
   verdicts: dict[str, dict],
   values: dict[str, dict[str, float]],
   controls: dict[str, dict[str, dict[str, float]]],
+  trained: dict[str, dict[str, tuple[float, float]]],
 ) -> str:
-  """Gates with their reasons, then every measure beside its controls."""
+  """Gates with their reasons, then every measure beside its controls.
+
+  Args:
+    verdicts: from `judge`.
+    values: by measure and place.
+    controls: the same of other models, by name.
+    trained: from `healthy`; a component that it lacks stands beside all.
+  """
   rows = [f'{"gate":<6}{"verdict":<9}']
   for gate, found in verdicts.items():
     rows.append(f'{gate:<6}{found["verdict"]:<9}' + '; '.join(found['reasons']))
   names = list(controls)
   rows += ['', f'{"measure":<42}{"model":>11}']
-  rows[-1] += ''.join(f'{name:>11}' for name in names)
+  rows[-1] += ''.join(f'{name:>11}' for name in names) + f'{"healthy":>20}'
   for measure, places in values.items():
     for place, value in places.items():
       row = f'{measure + " " + place:<42}{value:>11.4g}'
       for name in names:
         other = controls[name].get(measure, {}).get(place)
         row += f'{"" if other is None else f"{other:.4g}":>11}'
+      if measure in trained:
+        ranges = trained[measure]
+        least, most = ranges.get(place.split('@')[0], ranges[''])
+        row += f'{f"{least:.3g} to {most:.3g}":>20}'
       rows.append(row.rstrip())
   return '\n'.join(rows)
 

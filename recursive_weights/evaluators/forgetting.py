@@ -29,7 +29,10 @@ def make(
 
     eta = 1 - effect / effect of the first bin,
 
-  and 1 at a reset, if a reset forgets.
+  and 1 at a reset, if a reset forgets. It says how much of what is of no use
+  has gone. That nothing important went with it, which GroundThink's efficiency
+  also asks, it does not: what forgets all soon has the best. Read it beside
+  `recall`, whose tau is the distance at which a fact is lost.
 
   Args:
     batch_size: texts that are read together.

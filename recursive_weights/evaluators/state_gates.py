@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import statistics
 from typing import Any
 
 import jax
@@ -57,9 +58,16 @@ def make(
     structure          top1 over top1 of a random state
     saturation         share of entries beyond 5 rms
     cosine, update     of the states before and after a token
-    half_life          tokens in which a perturbation of the state halves, the
-                       median over heads and texts: measured, not read off the
-                       parameters, so the same for any recurrence
+    capacity           entries of the layer's state times update, W of
+                       GroundThink: it grows with the state whether that is of
+                       use or not (`utilisation` counts what is used)
+    half_life          tokens in which a perturbation of a head's state halves,
+                       the median over heads and texts: measured, not read off
+                       the parameters, so the same for any recurrence
+    half_life_least,   of the heads that forget soonest and latest, each the
+      half_life_most   median over texts
+    collapsed          share of heads whose half-life is less than .1 tokens or
+                       more than 1e5: decays of 0 or 1
     selection          how much the decays depend on the text
     contribution       rise of the loss where the layer's component puts out 0
     spread             standard deviation over tokens of what it puts out, over
@@ -78,8 +86,13 @@ def make(
   of tokens other than the one just read: a tied head of width D begins with a
   logit of .02 D for that one, with nothing wrong.
 
-  Two controls stand beside: `random`, the same with Gaussian states of the same
-  size, and `untrained`, a fresh initialisation of the same model.
+  Three controls stand beside, each of what it can be of: `random`, measures of
+  states and `memory` with Gaussian states of the same size; `untrained`, all of
+  them for a fresh initialisation of the same model; `healthy`, least and
+  greatest of trained models that passed, by component where one of
+  them had it. Those were measured once, and only what is judged of states and
+  components (`_verdicts.healthy`): they are other models on other text, so not
+  what this one should have, but where such models lie.
 
   Gates are functions of these and of `bounds` alone (`_verdicts`): G0 the text
   survives its tokens, G1 outputs are finite, G2 entropy of predictions and
@@ -93,7 +106,7 @@ def make(
   256 or one kind of layer alone pass too
   (`benchmarks/results/hybrid_gates.json`). Nothing here judges `memory`,
   `cosine`, `top5` and `rwkv_over_ssm`, which did not tell healthy from broken,
-  and `entropy`, which did not in larger heads.
+  `entropy`, which did not in larger heads, and `capacity`, as `update` is.
 
   Cost, with `layers`: a forward pass over the texts for each component of each
   layer, as many for the untrained model at the first call, one backward pass,
@@ -104,9 +117,9 @@ def make(
     batch_size: rows of the training batches that are counted, no more than
       those of the training itself, so that what trains can be counted; texts
       are read together.
-    output_dir: folder for `gates.json`, of the last evaluation (of the other
-      seeds of `num_seeds` `gates_1.json` and so on), null where a number is not
-      finite; '' for nowhere.
+    output_dir: folder for `gates.json`, of the last evaluation alone (of the
+      other seeds of `num_seeds` `gates_1.json` and so on), null where a number
+      is not finite; '' for nowhere. What is returned stays in metrics.jsonl.
     split: held-out text, whose rows follow one another (`tasks.text`).
     rows: texts.
     tokens: of each, a multiple of 2 chunks.
@@ -118,8 +131,9 @@ def make(
   Returns:
     An evaluator with the keys `gates/GATE` (0 PASS, 1 WARN, 2 FAIL), and by
     component `gates/NAME/COMPONENT` for half_life_least, half_life_most,
-    update, selection, activation (spread; the worst layer's all), memory,
-    contribution and gradient_share.
+    collapsed, update, selection, activation (spread; the worst layer's all),
+    memory, contribution, gradient (its norm) and gradient_share, and for rms
+    and entropy (means over layers).
 
   Raises:
     UserError: the model is no language model, the task is no text, its held-out
@@ -140,7 +154,7 @@ def make(
       f'> 1 and tokens a multiple of 2 chunks, got rows {rows}, chunk {chunk} '
       f'and tokens {tokens}'
     )
-  limits = _verdicts.bounds(bounds or {})
+  limits, trained = _verdicts.bounds(bounds or {}), _verdicts.healthy()
   batch = _state_texts.windows(task, split, rows, tokens)
   survives = all(_state_texts.survives(text, row) for row in batch)
   task.batch('train', 0, batch_size)  # a text too short is an error now
@@ -181,7 +195,7 @@ def make(
     values |= _whole(values, untrained, survives, counted)
     verdicts = _verdicts.judge(values, limits)
     controls = {'random': random, 'untrained': untrained}
-    shown = _verdicts.table(verdicts, values, controls)
+    shown = _verdicts.table(verdicts, values, controls, trained)
     _log.info('gates\n%s', shown)
     if output_dir and jax.process_index() == 0:
       seed = list(before_training).index(name)
@@ -192,6 +206,7 @@ def make(
           'gates': verdicts,
           'measures': values,
           'controls': controls,
+          'healthy': trained,
           'bounds': {name: list(four) for name, four in limits.items()},
         },
       )
@@ -220,20 +235,24 @@ def _whole(values, untrained, survives, counted):
 
 
 def _metrics(verdicts, values):
-  """What goes into a line of metrics: gates, the worst of each component."""
+  """What goes into a line of metrics: gates, and one number a component."""
   found = {
     f'gates/{gate}': float(_verdicts.VERDICTS.index(x['verdict']))
     for gate, x in verdicts.items()
   }
   for name, measure, pick in (
-    ('half_life_least', 'half_life', min),
-    ('half_life_most', 'half_life', max),
+    ('half_life_least', 'half_life_least', min),
+    ('half_life_most', 'half_life_most', max),
+    ('collapsed', 'collapsed', max),
     ('update', 'update', min),
     ('selection', 'selection', min),
     ('memory', 'memory', min),
     ('contribution', 'contribution', min),
+    ('gradient', 'gradient', min),
     ('gradient_share', 'gradient_share', min),
     ('activation', 'spread', min),
+    ('rms', 'rms', statistics.fmean),
+    ('entropy', 'entropy', statistics.fmean),
   ):
     by_component: dict[str, list[float]] = {}
     for place, value in values.get(measure, {}).items():

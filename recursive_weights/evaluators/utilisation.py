@@ -25,9 +25,9 @@ def make(
 
     rank = (sum e)^2 / sum e^2,
 
-  at most the number of samples less one, and of entries. W, GroundThink's
-  capacity, is this rank, not the size of the state: entries that never move on
-  their own carry nothing.
+  at most the number of samples less one, and of entries: those that never move
+  on their own carry nothing. GroundThink's capacity W, the size of the state
+  times how much a token changes it, is `capacity` of `state_gates`.
 
   Args:
     objective: not used: states are looked at.

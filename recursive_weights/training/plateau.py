@@ -38,7 +38,9 @@ class Rules(NamedTuple):
   cut: factor on the learning rate at a plateau, 30 to 50 % less.
   drops: cuts without a gain after which to stop.
   budget: plateaus to train through; 0 asks a person at each one (`examine`),
-    the policy for small models, where a plateau is worth understanding.
+    the policy for small models, where a plateau is worth understanding. Nothing
+    is cut then, so `cut`, `extra` and `drops`, two of the source's rules (lower
+    the rate at a plateau, stop after cuts without a gain), say nothing.
   least: evaluations before which only `diverged`, `oscillation` and
     `divergence` speak.
   """
@@ -75,7 +77,7 @@ class _Past(NamedTuple):
   improved: tuple[float, ...] = ()
   cuts: tuple[float, ...] = ()  # steps, in this plateau
   plateaus: int = 0
-  inside: bool = False
+  begun: float | None = None  # the step from which this plateau counts
 
 
 def judge(
@@ -92,9 +94,11 @@ def judge(
   `early`, `overfit`, `probe` stop or let go on; then `improving` and `short`
   continue. On a plateau `slow` (still falling) continues, `flat` stops,
   `heartbeat` (new minima, lower by a tenth of the tolerance or more) continues,
-  `budget` stops, `examine` asks, `extra` waits after a cut, `drops` stops, and
-  so does `noise` (a window after a cut, two standard errors of its gain exceed
-  both the gain and the tolerance); `cut` lowers the learning rate.
+  `budget` stops. Without a budget `noise` stops and `examine` asks; with one
+  `extra` waits after a cut, `drops` and `noise` stop and `cut` lowers the
+  learning rate. `noise`: a window after the latest cut, or without a budget
+  after the plateau began to count, two standard errors of what has been gained
+  exceed both the gain and the tolerance.
 
   Args:
     history: lines of metrics.jsonl; those without `validation` only tell of the
@@ -195,8 +199,8 @@ def _on_plateau(steps, values, since, past, rules):
   falls = -_slope(steps[on], later) * since / later.mean()
   if falls > rules.wobble:
     return Verdict('continue', 'slow', f'falls by {falls:.2%}'), past
-  if not past.inside:
-    past = past._replace(inside=True, plateaus=past.plateaus + 1)
+  if past.begun is None:
+    past = past._replace(begun=step, plateaus=past.plateaus + 1)
   quiet = step - max(past.improved[-1], *past.cuts, 0)
   if quiet / step > rules.flat:
     return _stop('flat', f'{quiet / step:.1%} of the run without slope'), past
@@ -207,6 +211,11 @@ def _on_plateau(steps, values, since, past, rules):
   if 0 < rules.budget < past.plateaus:
     return _stop('budget', f'plateau {past.plateaus}'), past
   if not rules.budget:
+    # A window after a person was asked first, as after a cut: so a slow descent
+    # under noise has the time to show itself.
+    reason = _noise(later, steps[on] > past.begun, past.best, rules)
+    if reason:
+      return _stop('noise', reason), past
     reason = f'plateau {past.plateaus}, {since / step:.1%} of the run'
     return Verdict('examine', 'examine', reason), past
   if past.cuts and step - past.cuts[-1] <= rules.extra * step:
@@ -222,7 +231,7 @@ def _on_plateau(steps, values, since, past, rules):
 
 
 def _noise(values, after, best, rules):
-  """Why no gain of the latest cut could be seen, '' where one could be.
+  """Why no gain `after` a moment could be seen, '' where one could be.
 
   The gain is what the mean over a window fell by, its noise two standard errors
   of that. Noise below what counts as an improvement hides none.
@@ -234,7 +243,7 @@ def _noise(values, after, best, rules):
   noise = 2 * math.sqrt(old.var() / len(old) + new.var() / len(new))
   if noise <= max(gain, rules.tolerance * best):
     return ''
-  return f'a cut gained {gain:.2g}, which may be off by {noise:.2g}'
+  return f'{rules.window} evaluations gained {gain:.2g} +- {noise:.2g}'
 
 
 def _stop(rule, reason):

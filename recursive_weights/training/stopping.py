@@ -18,7 +18,8 @@ class Limits(NamedTuple):
   it; a value outside, or not finite, stops the run.
 
   selection: spread of the decays over texts; 0 where nothing is selected.
-  half_life_least, half_life_most: tokens; a decay at 0 and one at 1.
+  collapsed: share of a layer's heads with a decay of 0 or 1, in the worst
+    layer; a quarter is too many, since one alone may be as it should be.
   update: change of a state in a token; 0 where it is not updated.
   gradient_share: of a component; 0 where nothing trains it.
   activation: spread over tokens of what a component puts out; 0 where that is
@@ -28,8 +29,7 @@ class Limits(NamedTuple):
   """
 
   selection: tuple[float, float] = (1e-6, 1e9)
-  half_life_least: tuple[float, float] = (0.1, 1e9)
-  half_life_most: tuple[float, float] = (0.1, 1e5)
+  collapsed: tuple[float, float] = (0.0, 0.24)
   update: tuple[float, float] = (1e-6, 1e9)
   gradient_share: tuple[float, float] = (1e-4, 1e9)
   activation: tuple[float, float] = (1e-3, 1e9)

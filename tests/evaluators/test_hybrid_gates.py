@@ -78,6 +78,21 @@ def forgetful_ssm(params):
   return edited(params, 'ssm', a_log=lambda x: 0 * x + 8)
 
 
+def some_forgetful_time(params):
+  """One head of three, half-life ln 2 / e^3."""
+  return edited(
+    params,
+    'time',
+    decay=lambda x: x.at[..., :STATE].set(3.0),
+    decay_up=lambda x: x.at[..., :STATE].set(0.0),
+  )
+
+
+def some_forgetful_ssm(params):
+  """Two heads of six."""
+  return edited(params, 'ssm', a_log=lambda x: x.at[..., :2].set(12.0))
+
+
 def exploding_time(params):
   return edited(params, 'time', decay=never, decay_up=zero)
 
@@ -113,6 +128,8 @@ BROKEN = {
   frozen_ssm: ('G3.5', 'FAIL update hybrid/ssm'),
   forgetful_time: ('G3.5', 'FAIL half_life hybrid/time'),
   forgetful_ssm: ('G3.5', 'FAIL half_life hybrid/ssm'),
+  some_forgetful_time: ('G3.5', 'FAIL collapsed hybrid/time'),
+  some_forgetful_ssm: ('G3.5', 'FAIL collapsed hybrid/ssm'),
   exploding_time: ('G3.5', 'FAIL growth hybrid/time'),
   exploding_ssm: ('G3.5', 'FAIL growth hybrid/ssm'),
   dead_time: ('G3.6', 'FAIL contribution hybrid/time'),

@@ -21,6 +21,7 @@ from recursive_weights.interfaces import UserError
 from recursive_weights.models import hybrid_lm
 from recursive_weights.recursion import objective
 from recursive_weights.tasks import domains, parity, text
+from recursive_weights.training import stopping
 from tests import tiny_hybrid
 
 LAST = objective.last()
@@ -117,6 +118,26 @@ def forgetful(params):
   return edited(params, 'time', decay=zero, decay_bias=lambda x: 0 * x - 3)
 
 
+def one_head(params, bias):
+  """One of two heads whose decays are all sigmoid(bias)."""
+  own = slice(tiny_hybrid.KEYS)
+  return edited(
+    params,
+    'time',
+    decay=lambda x: x.at[..., own].set(0.0),
+    decay_bias=lambda x: x.at[..., own].set(bias),
+  )
+
+
+def half_forgetful(params):
+  """Half-life ln 2 / ln(1 + e^12), a seventeenth of a token."""
+  return one_head(params, -12.0)
+
+
+def half_endless(params):
+  return one_head(params, 40.0)
+
+
 def same(x_LDF):
   """Hidden states have a mean that all tokens share, see `shifted`."""
   return x_LDF.mean(1, keepdims=True) + 0 * x_LDF
@@ -170,6 +191,8 @@ BROKEN = [
   (frozen, 'G3.5', 'update hybrid/time'),
   (frozen, 'G3.5', 'half_life hybrid/time'),
   (forgetful, 'G3.5', 'half_life hybrid/time'),
+  (half_forgetful, 'G3.5', 'collapsed hybrid/time'),
+  (half_endless, 'G3.5', 'collapsed hybrid/time'),
   (exploding, 'G3.5', 'growth hybrid/time'),
   (silent, 'G3.6', 'contribution hybrid/ssm'),
   (silent, 'G3.6', 'spread hybrid/ssm'),
@@ -202,6 +225,51 @@ def test_a_broken_model_fails_the_gate_that_says_why(
   assert found[f'gates/{gate}'] == 2
   reasons = report['gates'][gate]['reasons']
   assert any(r.startswith(f'FAIL {measure}') for r in reasons), reasons
+
+
+def test_collapsed_heads_stop_a_run_that_their_median_does_not(judged):
+  def stops(change):
+    found, report = judged(change)
+    line = {'step': 1} | found
+    verdict = stopping.judge(
+      [line],
+      metric='',
+      mode='min',
+      patience=1,
+      rules={'drops': 2},
+    )
+    return verdict.rule, found, report['measures']['half_life']
+
+  rule, healthy, _ = stops(trained)
+  assert rule not in stopping.Limits._fields
+  assert healthy['gates/collapsed/hybrid_time'] == 0
+  rule, found, medians = stops(half_forgetful)
+  assert rule == 'collapsed' and found['gates/collapsed/hybrid_time'] == 0.5
+  assert found['gates/half_life_least/hybrid_time'] < 0.1
+  four = _verdicts.BOUNDS['half_life']
+  assert {_verdicts.judge_value(x, four) for x in medians.values()} == {0}
+  # The other component is as it was.
+  name = 'gates/half_life_least/hybrid_ssm'
+  np.testing.assert_allclose(found[name], healthy[name], rtol=0.2)
+  rule, found, _ = stops(half_endless)
+  assert rule == 'collapsed'
+  assert found['gates/half_life_most/hybrid_time'] > 1e5
+
+
+def test_a_checkpoint_keeps_a_component_s_gradient_size_and_entropy(judged):
+  found, report = judged(trained)
+  for component in ('hybrid/time', 'hybrid/ssm'):
+    name = component.replace('/', '_')
+    gradient = report['measures']['gradient'][component]
+    assert found[f'gates/gradient/{name}'] == gradient > 0
+    for measure in ('rms', 'entropy'):
+      by_layer = [
+        report['measures'][measure][f'{component}@{layer}']
+        for layer in range(tiny_hybrid.LAYERS)
+      ]
+      assert found[f'gates/{measure}/{name}'] == pytest.approx(
+        np.mean(by_layer)
+      )
 
 
 @pytest.mark.parametrize('width', [48, 256, 512])
@@ -241,11 +309,19 @@ def test_measures_stand_beside_controls(judged):
   _, report = judged(trained)
   values = report['measures']
   random, untrained = (report['controls'][k] for k in ('random', 'untrained'))
+  healthy = report['healthy']
+  # Where trained models lie is what they were measured to have, by component.
+  for measure in ('contribution', 'half_life', 'top1'):
+    least, most = healthy[measure]['hybrid/ssm']
+    assert healthy[measure][''][0] <= least < most <= healthy[measure][''][1]
   for place, share in values['top1'].items():
     # States of few writes have few directions, random ones all.
     assert share > random['top1'][place] > 1 / tiny_hybrid.KEYS
     assert random['cosine'][place] == pytest.approx(0, abs=0.2)
     assert random['update'][place] == pytest.approx(math.sqrt(2), rel=0.1)
+    entries = tiny_hybrid.HEADS * tiny_hybrid.KEYS**2
+    capacity = entries * values['update'][place]
+    assert values['capacity'][place] == pytest.approx(capacity)
     assert random['rms'][place] == pytest.approx(values['rms'][place], rel=0.2)
   assert values['loss'][''] < 1 < untrained['loss']['']
   # What is handed on is of use, and so is each half.

@@ -134,6 +134,25 @@ def test_half_life_of_what_never_halves():
   assert found == pytest.approx(_state_measures.NEVER)
 
 
+@pytest.mark.parametrize(
+  ('dead', 'verdict'), [(0, 'PASS'), (1, 'WARN'), (2, 'FAIL'), (3, 'FAIL')]
+)
+@pytest.mark.parametrize('value', [0.0, 0.05, 2e5, _state_measures.NEVER])
+def test_a_quarter_of_collapsed_heads_is_too_many(dead, verdict, value):
+  """Of eight, whose median stays what it was."""
+  lives = np.array([0.43, 693.0, 2.0, 5.0, 12.0, 25.0, 60.0, 250.0])
+  lives[2 : 2 + dead] = value
+  share = _state_measures.collapsed(np.stack([lives, np.full(8, 9.0)]))
+  np.testing.assert_allclose(share, [dead / 8, 0])
+  places = {'a@0': float(share[0])}
+  gates = _verdicts.judge({'collapsed': places}, _verdicts.bounds({}))
+  assert gates['G3.5']['verdict'] == verdict
+
+
+def test_a_half_life_that_is_not_finite_is_no_life():
+  assert _state_measures.collapsed(np.array([1.0, np.nan])) == 0.5
+
+
 def test_selection_is_the_spread_of_decays_over_texts():
   rate_BH = np.array([[0.1, 0.2], [0.3, 0.2]])
   curve = np.exp(-rate_BH[None] * np.arange(20)[:, None, None])
@@ -322,8 +341,36 @@ def test_the_worst_place_speaks_for_a_gate():
   warned, failed = found['G3.5']['reasons']
   assert warned == 'WARN half_life a@1 = 1.5, wanted >= 2 and <= 100'
   assert failed.startswith('FAIL half_life b@0 = 0.5')
-  shown = _verdicts.table(found, {'half_life': {'a@0': 10.0}}, {'random': {}})
-  assert 'G3.5  FAIL' in shown and 'half_life a@0' in shown
+  values = {'half_life': {'a@0': 10.0, 'b@1': 9.0}, 'memory': {'a': 0.5}}
+  shown = _verdicts.table(
+    found,
+    values,
+    {'random': {'memory': {'a': 0.25}}},
+    {'half_life': {'a': (3.0, 80.0), '': (1.5, 90.0)}},
+  )
+  rows = [line.split() for line in shown.splitlines()]
+  assert rows[2][:2] == ['G3.5', 'FAIL']
+  assert rows[-4:] == [
+    ['measure', 'model', 'random', 'healthy'],
+    ['half_life', 'a@0', '10', '3', 'to', '80'],
+    ['half_life', 'b@1', '9', '1.5', 'to', '90'],  # no b was trained
+    ['memory', 'a', '0.5', '0.25'],
+  ]
+
+
+def test_healthy_models_lie_within_the_bounds():
+  """Of every measure of states and components that is judged."""
+  ranges = _verdicts.healthy()
+  judged = {*_verdicts.GATES['G3.5'], *_verdicts.GATES['G3.6']}
+  assert judged <= set(ranges)
+  for measure, by_component in ranges.items():
+    least, most = by_component['']
+    assert least == min(x for x, _ in by_component.values())
+    assert most == max(x for _, x in by_component.values())
+    if measure in judged:
+      four = _verdicts.BOUNDS[measure]
+      assert not any(_verdicts.judge_value(x, four) for x in (least, most))
+  assert {'hybrid/time', 'hybrid/ssm', 'mamba2'} < set(ranges['half_life'])
 
 
 def test_every_measure_of_a_gate_has_bounds_that_rise():

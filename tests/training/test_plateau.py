@@ -53,16 +53,20 @@ def falling(count, to=1.0, start=4.0, rate=0.85):
   return to + (start - to) * rate ** np.arange(count)
 
 
+ASKING = Rules(budget=0)
+
+
 def test_a_falling_curve_goes_on():
   found = verdicts(falling(40, rate=0.95))
   assert {x.action for x in found} == {'continue'}
   assert found[-1].rule == 'improving'
 
 
-def test_a_saw_tooth_is_judged_by_its_minima():
+@pytest.mark.parametrize('rules', [Rules(), ASKING])
+def test_a_saw_tooth_is_judged_by_its_minima(rules):
   """Teeth of 15 % on an envelope that falls: more than `overfit` allows."""
   curve = falling(60, rate=0.97) * (1 + 0.05 * (np.arange(60) % 4))
-  found = verdicts(curve)
+  found = verdicts(curve, rules)
   assert {x.action for x in found} == {'continue'}
 
 
@@ -79,12 +83,22 @@ def test_overfitting_stops_at_once():
   assert 'overfit' not in rules_of(again)
 
 
-def test_slow_descent_never_stops():
-  """A hundredth of a percent an evaluation, two hundred times."""
+@pytest.mark.parametrize('budget', [3, 0])
+def test_slow_descent_never_stops(budget):
+  """A twentieth of a percent an evaluation, two hundred times."""
   curve = np.concatenate([falling(30, rate=0.7), 1 - 5e-4 * np.arange(1, 200)])
-  found = verdicts(curve, Rules(tolerance=0.02, wobble=0.001))
+  found = verdicts(curve, Rules(tolerance=0.02, wobble=0.001, budget=budget))
   assert {x.action for x in found} == {'continue'}
   assert 'slow' in rules_of(found)
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('size', [1e-3, 3e-3])
+def test_a_descent_as_large_as_its_noise_is_seen(size, seed):
+  """It falls by .003 an evaluation; nobody cuts anything meanwhile."""
+  down = 1 - 3e-3 * np.arange(1, 51)
+  curve = np.concatenate([falling(30, rate=0.7), down]) + noise(80, size, seed)
+  assert 'noise' not in rules_of(verdicts(curve, ASKING))
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -202,6 +216,21 @@ def test_people_are_asked_where_there_is_no_budget():
   found = verdicts(curve, Rules(budget=0))
   assert 'examine' in [x.action for x in found]
   assert 'cut' not in [x.action for x in found]
+  assert found[-1].rule == 'flat'
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('size', [5e-3, 1e-2])
+def test_noise_that_hides_a_gain_stops_where_nothing_is_cut(size, seed):
+  """A window after a person was asked, at the earliest."""
+  curve = then_flat(falling(60, rate=0.93), 80) + noise(140, size, seed)
+  found = verdicts(curve, ASKING)
+  assert found[-1].rule == 'noise'
+  asked = [x.action for x in found].index('examine')
+  assert len(found) - 1 - asked >= Rules().window
+  # As much noise as is no improvement hides none.
+  quiet = curve[-1] + 0.05 * (curve - curve[-1])
+  assert 'noise' not in rules_of(verdicts(quiet, ASKING))
 
 
 def test_a_budget_of_plateaus_is_spent():

@@ -116,8 +116,7 @@ def test_a_named_rule_ends_a_run(tmp_path, caplog):
   ('rule', 'name', 'good', 'bad'),
   [
     ('selection', 'selection', 0.1, 0.0),
-    ('half_life_least', 'half_life_least', 4.0, 0.01),
-    ('half_life_most', 'half_life_most', 200.0, 1e6),
+    ('collapsed', 'collapsed', 1 / 8, 1 / 4),
     ('update', 'update', 0.2, 0.0),
     ('gradient_share', 'gradient_share', 0.4, 0.0),
     ('activation', 'activation', 0.9, 1e-7),

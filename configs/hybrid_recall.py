@@ -45,8 +45,8 @@ Variants, joined by commas: `smoke` (seconds), and
            one model recalls and writes
   watch    `plateau`: rules tell of a plateau and stop the run, also where what
            is recalled over 16 characters falls while the loss does; it is
-           measured at every evaluation, in all variants. `probes`: all of them
-           at every evaluation
+           measured at every evaluation, in all variants. `probes`: every
+           probe of memory at every evaluation
 """
 
 from configs import hybrid_lm
@@ -132,8 +132,10 @@ def get_config(variant=None):
   if 'plateau' in chosen or 'smoke' not in chosen:
     config.evaluators.during.recall = probe
   if 'probes' in chosen:
-    recall = config.evaluators.after.recall.to_dict()
-    hybrid_lm.probe(config, hybrid_lm.PROBES | {'recall': recall})
+    probes = dict(hybrid_lm.PROBES)
+    if 'plateau' not in chosen:  # whose rule is about the one above
+      probes['recall'] = config.evaluators.after.recall.to_dict()
+    hybrid_lm.probe(config, probes)
   return config
 
 

@@ -68,8 +68,6 @@ def get_config(variant=None):
   }
   tiny_recursive.recipe(config)
   config.model.update(cell='attention', position='rotation', inner=4)
-  # Of inputs there are four; what is measured above had a vector for the path.
-  config.model.vocabulary = 5
   # 50,000 passes of 1,000 mazes.
   config.training.update(steps=65_000, accumulation=32)
   if not published:

@@ -127,13 +127,18 @@ def complete(data: dict[str, Any]) -> dict[str, Any]:
   """A stored config with the fields of the house that it is older than.
 
   Fields that a config lacks are at their neutral values, at which the program
-  is the one that the config was made with.
+  is the one that the config was made with. Stopping rules that are no more are
+  left out: `collapsed` judges heads where a median half-life was judged.
   """
   house = to_data(base())
   data = {**house, **data}
   house_parts = 'optimizer training checkpoint early_stopping devices'
   for name in house_parts.split():
     data[name] = house[name] | data.get(name, {})
+  rules = {**data['early_stopping']['rules']}
+  for name in ('half_life_least', 'half_life_most'):
+    rules.pop(name, None)
+  data['early_stopping'] = data['early_stopping'] | {'rules': rules}
   neutral = house['optimizer']['groups']['all']
   groups = data['optimizer']['groups']
   groups = {name: neutral | fields for name, fields in groups.items()}

@@ -105,7 +105,7 @@ class Spec(NamedTuple):
     batches change with the step, the first of them at step 0; `()` for none.
   puzzles: number of puzzle identities, where inputs are `{'tokens', 'puzzle'}`
     and name each row's (int32 `[B]`); else 0.
-  vocabulary: number of kinds of input tokens; 0 where they are as many as the
+  vocabulary: number of kinds of input tokens; 0 where there are no more than
     classes, and where inputs are no tokens.
   domains: names of the domains that texts are of, where inputs have a `domain`
     (int32 `[B]`) that numbers each row's; else ().

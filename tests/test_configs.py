@@ -178,6 +178,13 @@ def test_stored_configs_get_the_fields_that_they_are_older_than():
   del old['training']['slots'], old['optimizer']['moments']
   del old['optimizer']['groups']['all']['sign']
   assert config.complete(old) == config.complete(data) == data
+
+
+def test_stopping_rules_that_are_no_more_are_left_out():
+  data = load('hybrid_lm', 'smoke,plateau')
+  rules = data['early_stopping']['rules'] | {'half_life_least': [0.1, 1e9]}
+  old = data | {'early_stopping': data['early_stopping'] | {'rules': rules}}
+  assert config.complete(old) == data
   assert not checkpoints.foreign(data, old)
 
 

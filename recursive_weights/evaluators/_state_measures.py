@@ -16,8 +16,8 @@ LARGE = 5.0  # in units of the root mean square
 NEVER = 1e6  # tokens: a half-life that is longer is given as this
 # Tokens: half-lives of heads that keep something and lose something. A head
 # with a shorter one keeps less than a thousandth of its state for a token, and
-# one with a longer one loses less than that in a thousand tokens. Heads of
-# healthy models lie far inside: from .4 to 700 where Mamba-2 starts as
+# one with a longer one loses less than a hundredth in a thousand tokens. Those
+# of healthy models lie far inside: from .4 to 700 where Mamba-2 starts as
 # published, from .5 to 250 in trained hybrids, RWKV-6 and Mamba-2.
 ALIVE = (0.1, 1e5)
 _TINY = 1e-30

@@ -38,7 +38,7 @@ BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'update': (1e-5, 5e-3, 0.7, 1.2),
   'half_life': (1.0, 2.0, 1e4, 1e5),
   # One head of many may well be of no use, or there for the last token alone.
-  # A quarter of a layer's is no accident: no healthy model had any.
+  # A quarter of a layer's is no accident: no healthy model of width 48 had any.
   'collapsed': (LOW, LOW, 0.0, 0.24),
   'selection': (1e-6, 1e-3, HIGH, HIGH),
   'contribution': (1e-3, 0.01, HIGH, HIGH),
@@ -97,7 +97,8 @@ def healthy() -> dict[str, dict[str, tuple[float, float]]]:
   """What trained models had that passed: least and greatest.
 
   By measure and component, '' for all components together; of the measures that
-  `MEASURED` has, which are those that are judged of states and components.
+  `MEASURED` has: those that are judged of states and components, and half-lives
+  by head.
   """
   found: dict[str, dict[str, tuple[float, float]]] = {}
   for run in json_files.read(MEASURED)['runs']:

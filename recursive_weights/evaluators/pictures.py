@@ -49,10 +49,10 @@ def make(
 
   Args:
     objective: not used: every step is shown.
-    batch_size: number of examples, spread evenly over the split, that
-      `dynamics` shows.
+    batch_size: number of examples, spread evenly over the split, that `depth`
+      and `dynamics` show, but for those whose target is not known.
     output_dir: folder to write to; '' for nowhere.
-    split: split of the examples.
+    split: split of the examples; those of unknown target are left out.
     examples: number of examples with pictures of attention and answers.
     steps: steps to show of answers and depth, of a recursion also more than it
       was trained with; 0 for the model's own.

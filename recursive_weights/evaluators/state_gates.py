@@ -89,10 +89,10 @@ def make(
   Three controls stand beside, each of what it can be of: `random`, measures of
   states and `memory` with Gaussian states of the same size; `untrained`, all of
   them for a fresh initialisation of the same model; `healthy`, least and
-  greatest of trained models that passed, by component where one of
-  them had it. Those were measured once, and only what is judged of states and
-  components (`_verdicts.healthy`): they are other models on other text, so not
-  what this one should have, but where such models lie.
+  greatest of trained models that passed, by component where one of them had it.
+  Those were measured once, and only what is judged of states and components
+  (`_verdicts.healthy`): they are other models on other text, so not what this
+  one should have, but where such models lie.
 
   Gates are functions of these and of `bounds` alone (`_verdicts`): G0 the text
   survives its tokens, G1 outputs are finite, G2 entropy of predictions and
@@ -103,10 +103,11 @@ def make(
 
   Bounds (`_verdicts.BOUNDS`) were set on small hybrids with heads of 16 and
   broken ones; trained models with heads of 32, states of 64 x 32, a width of
-  256 or one kind of layer alone pass too
-  (`benchmarks/results/hybrid_gates.json`). Nothing here judges `memory`,
-  `cosine`, `top5` and `rwkv_over_ssm`, which did not tell healthy from broken,
-  `entropy`, which did not in larger heads, and `capacity`, as `update` is.
+  256 or one kind of layer alone pass too, but for `collapsed`, which only those
+  of width 48 were judged by (`benchmarks/results/hybrid_gates.json`). Nothing
+  here judges `memory`, `cosine`, `top5` and `rwkv_over_ssm`, which did not tell
+  healthy from broken, `entropy`, which did not in larger heads, and `capacity`,
+  as `update` is.
 
   Cost, with `layers`: a forward pass over the texts for each component of each
   layer, as many for the untrained model at the first call, one backward pass,

@@ -75,7 +75,9 @@ def _rows(path):
     # What spreadsheets save begins with a byte order mark.
     with open(path, newline='', encoding='utf-8-sig') as file:
       if kind == '.csv':
-        yield from enumerate(csv.DictReader(file), 1)
+        reader = csv.DictReader(file)
+        reader.fieldnames = [x.strip() for x in reader.fieldnames or ()]
+        yield from enumerate(reader, 1)
       elif kind == '.json':
         rows = json.load(file)
         if not isinstance(rows, list):

@@ -200,7 +200,9 @@ def make(
       example['inputs']['tokens'], answer, example['targets']
     ),
     data_hash={
-      split: _puzzle_files.sha256((data.grids[rows], data.sizes[rows]))
+      split: _puzzle_files.sha256(
+        (data.grids[rows], data.sizes[rows], codes[data.task[rows]])
+      )
       for split, rows in members.items()
     },
   )

@@ -147,7 +147,6 @@ def make(
       answer=(size * size,),
       classes=TOKENS + 1,
       sizes=sizes,
-      vocabulary=TOKENS,
     ),
     batch=batch,
     augment=augment,

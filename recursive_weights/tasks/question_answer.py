@@ -145,7 +145,7 @@ def make(
         'no rows to choose and no text; give path'
       )
     data = planted(members, width, rank, noise, limits, split_seed)
-  return _task(data, seed)
+  return _task(data, seed, stored=encoder == 'stored')
 
 
 def planted(
@@ -312,7 +312,7 @@ def _hold_out(parts):
   return parts | {'train': train, 'test': test}
 
 
-def _task(data: Data, seed: int) -> interfaces.Task:
+def _task(data: Data, seed: int, stored: bool) -> interfaces.Task:
   sizes: dict[str, int | None] = {p: len(data.rows[p]) for p in _PARTS}
 
   def batch(split, index, size):
@@ -339,7 +339,7 @@ def _task(data: Data, seed: int) -> interfaces.Task:
     batch=batch,
     augment=lambda key, batch: batch,
     loss=loss,
-    data_hash={part: _digest(data, part) for part in _PARTS},
+    data_hash={part: _digest(data, part, stored) for part in _PARTS},
     answers=data.a_EV,
   )
 
@@ -357,11 +357,16 @@ def loss(answer, batch):
   }
 
 
-def _digest(data, part):
+def _digest(data, part, stored):
+  """Of texts, and of embeddings where they came with them."""
   rows = data.rows[part]
   texts = [data.questions[row] for row in rows]
   content = texts, data.member_B[rows].tolist(), data.answers
-  return hashlib.sha256(repr(content).encode()).hexdigest()
+  digest = hashlib.sha256(repr(content).encode())
+  if stored:
+    for x in (data.q_BD[rows], data.a_EV):
+      digest.update(np.ascontiguousarray(x, np.float32).tobytes())
+  return digest.hexdigest()
 
 
 def _unit(x):

@@ -39,8 +39,8 @@ class Rules(NamedTuple):
   drops: cuts without a gain after which to stop.
   budget: plateaus to train through; 0 asks a person at each one (`examine`),
     the policy for small models, where a plateau is worth understanding. Nothing
-    is cut then, so `cut`, `extra` and `drops`, two of the source's rules (lower
-    the rate at a plateau, stop after cuts without a gain), say nothing.
+    is cut then, so `cut`, `drops` and the wait of `extra` after a cut say
+    nothing.
   least: evaluations before which only `diverged`, `oscillation` and
     `divergence` speak.
   """
@@ -211,8 +211,8 @@ def _on_plateau(steps, values, since, past, rules):
   if 0 < rules.budget < past.plateaus:
     return _stop('budget', f'plateau {past.plateaus}'), past
   if not rules.budget:
-    # A window after a person was asked first, as after a cut: so a slow descent
-    # under noise has the time to show itself.
+    # A window after the plateau began to count, as after a cut: so a slow
+    # descent under noise has the time to show itself.
     reason = _noise(later, steps[on] > past.begun, past.best, rules)
     if reason:
       return _stop('noise', reason), past

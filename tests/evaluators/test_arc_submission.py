@@ -184,7 +184,7 @@ def test_tests_without_output_are_answered_and_not_scored(tmp_path):
     assert set(attempts) == {'attempt_1', 'attempt_2'}
     assert all(np.ndim(grid) == 2 for grid in attempts.values())
   assert found['test/not_scored'] == 2
-  assert found['test/pass@2'] in (0.0, 1.0)  # of the one that is known
+  assert {'test/pass@1', 'test/pass@2'} <= set(found)  # of the known one
   assert np.isfinite(found['test/accuracy'])
   batch = task.batch('test', 0, task.spec.sizes['test'])
   assert batch['weight'].tolist() == [0, 0, 1, 1, 0, 0]

@@ -159,6 +159,18 @@ def test_stored_embeddings_are_taken_as_they_are(tmp_path):
   np.testing.assert_array_equal(test['targets'], [0, 1, 2])
 
 
+def test_other_embeddings_of_the_same_texts_are_other_data(tmp_path):
+  paths = (
+    write(tmp_path / 'a.jsonl', stored()),
+    write(tmp_path / 'b.jsonl', stored(answer_embedding=[1.0, 7.0])),
+  )
+  first, other = (
+    question_answer.make(path=path, encoder='stored').data_hash
+    for path in paths
+  )
+  assert set(first.values()).isdisjoint(other.values())
+
+
 @pytest.mark.parametrize(
   ('rows', 'message'),
   [

@@ -31,6 +31,28 @@ hybrid and RWKV-6 stay at chance for 1,500 steps, at 1e-3 Mamba-2 recalls .13 at
 32. With codes of five alone the hybrid was at chance after 400 steps (one run
 at 4e-3 that is not recorded).
 
+What the other probes said of seed 0, trained once more on another CPU (where
+the hybrid recalls .72 at 128 and .24 at 256, further from its row above than its
+seeds are from each other; the others as above; `benchmarks/results/recall_probes.json`):
+
+                                                hybrid   rwkv6    mamba2
+  logits that differ from a fresh state's
+    after a reset (without one)                 0 (1)    0 (1)    0 (1)
+  what another story before it, of which
+    nothing tells the end, does to a token
+    (nats): the first 7                         2.28     1.82     3.24
+    tokens 32 to 127                            .86      .69      1.73
+  loss of a story, fresh                        .66      .65      .66
+    after another one                           1.53     1.36     2.54
+    after noise; the worst of 8                 1.42     1.15     1.59
+                                                1.77     1.39     1.88
+    after the worst and a reset                 .66      .65      .66
+  rank of the states, of at most 63             3.4 3.8  2.6      3.8
+
+So a reset forgets all, to the bit; without one nothing is forgotten in a hundred
+tokens, and a hostile text does no more harm than a story. Names are never
+recalled and persons tell nothing: there are none in these texts.
+
 After training every probe of memory runs, small; a flag makes one larger
 (`--config.evaluators.after.poison.candidates=64`). They take texts from the
 test split, here stories. What recall is asked is copied from the task: a run

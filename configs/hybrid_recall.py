@@ -51,7 +51,7 @@ its seeds are from each other; the others as above), see
   rank of the states, of at most 63             3.4 3.8  2.6      3.8
 
 So a reset forgets all, to the bit. Without one a third to a half of what
-another text does is left after a hundred tokens, and the most hostile of eight
+another text does is left in tokens 32 to 127, and the most hostile of eight
 noises does .03 to .24 nats more harm than a story, to Mamba-2 less. Names are
 never recalled and persons tell nothing: there are none in these texts.
 

@@ -43,14 +43,14 @@ parameters. With few rows a step it goes no further: from the weights after
 cosine to .04 of it) begin .85, are at .709 of the validation puzzles after
 2,000 steps, .732 after 20,000 and .779 at the end, where the rate was 4e-6:
 .830 of the test in 16 steps and .968 in 64, .788 and .960 of the hard test.
-1,400 steps of 1,024 rows at a tenth of the rate change nothing beyond chance
-(.875 and .971). Where gradients are mostly noise, Adam's weights settle where
-the signal's share of its steps balances the decay, whatever the rate, so fewer
-rows mean smaller weights: those of `down` have shrunk to .0138 and .0093 (root
-mean square; channels and tokens), from .0154 and .0105, and they start at .051
-and .063. So the next run should take 768 rows a step or more, or decay less:
-that of the `constraints` cell learned much sooner at .25 with 256 rows (below).
-Not tried with `tokens`.
+1,400 steps of 1,024 rows at 3e-5 change nothing beyond chance
+(.875 and .971). A likely reason, not tried: where gradients are mostly noise,
+Adam's weights settle where the signal's share of its steps balances the decay,
+whatever the rate, so fewer rows mean smaller weights: those of `down` have
+shrunk to .0138 and .0093 (root mean square; channels and tokens), from .0154
+and .0105, and they start at .051 and .063. So the next run should take 768 rows
+a step or more, or decay less: that of the `constraints` cell learned much
+sooner at .25 with 256 rows (below).
 
 A step is T = 3 cycles, 8.2 G multiply-adds where the published mixer has 12.9.
 The same weights with --config.model.cycles=5 (13.6 G) solve in as many steps

@@ -248,9 +248,7 @@ def test_collapsed_heads_stop_a_run_that_their_median_does_not(judged):
   assert found['gates/half_life_least/hybrid_time'] < 0.1
   four = _verdicts.BOUNDS['half_life']
   assert {_verdicts.judge_value(x, four) for x in medians.values()} == {0}
-  # The other component is as it was.
-  name = 'gates/half_life_least/hybrid_ssm'
-  np.testing.assert_allclose(found[name], healthy[name], rtol=0.2)
+  assert found['gates/collapsed/hybrid_ssm'] == 0  # the other component
   rule, found, _ = stops(half_endless)
   assert rule == 'collapsed'
   assert found['gates/half_life_most/hybrid_time'] > 1e5

@@ -82,11 +82,12 @@ def apply(
     params, x_TBVD, families=families, box=box, pool=pool
   )
   rows = batch * digits
+  cells = (tokens, batch, digits, size)
   flat = tuple(
-    jnp.broadcast_to(value, (*value.shape[:4], batch, digits, size)).reshape(
+    (jnp.broadcast_to(value, cells) if family == 'cell' else value).reshape(
       -1, rows, size
     )
-    for value in values
+    for family, value in zip(families, values, strict=True)
   )
   y_TND = _mix(
     {name: params[name] for name in ('gate', 'down')},

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from recursive_weights.interfaces import Array, Tree
 from recursive_weights.models.layers import trm_block
 
-# Axes that a family pools over in [bands, rows, stacks, columns, B, V, D].
-FAMILIES = {'row': (2, 3), 'column': (0, 1), 'box': (1, 3), 'cell': (5,)}
+# Axes of `view` that a family pools over.
+FAMILIES = {'row': (2, 3), 'column': (0, 1), 'box': (1, 3), 'cell': (2,)}
 POOLS = ('mean', 'max', 'both', 'softmax')
 KINDS = ('constraints', 'tokens')
 
@@ -113,10 +113,14 @@ def constraint_half(
   """
   shape = x_TBVD.shape
   gates = jax.nn.silu(x_TBVD @ params['gate'].astype(x_TBVD.dtype))
-  gates = _split(gates.reshape(*_grid(x_TBVD, box)[:-1], -1), families)
   values = pooled(params, x_TBVD, families=families, box=box, pool=pool)
-  mixed = [gate * value for gate, value in zip(gates, values, strict=True)]
-  hidden = jnp.concatenate(mixed, axis=-1).reshape(*shape[:-1], -1)
+  mixed = [
+    (view(gate, name, box) * value).reshape(*shape[:-1], -1)
+    for name, gate, value in zip(
+      families, _split(gates, families), values, strict=True
+    )
+  ]
+  hidden = jnp.concatenate(mixed, axis=-1)
   return trm_block.rms(x_TBVD + hidden @ params['down'].astype(x_TBVD.dtype))
 
 
@@ -150,9 +154,16 @@ def _split(x, families):
   return jnp.split(x, len(families), axis=-1)
 
 
-def _grid(x_TBVD, box):
-  """Axes of a state by `FAMILIES`."""
-  return (box[1], box[0], box[0], box[1], *x_TBVD.shape[1:])
+def view(x_TBVD: Array, family: str, box: tuple[int, int]) -> Array:
+  """The state by axes that a family pools over (`FAMILIES`) or keeps.
+
+  `[T, B, V, D]` for 'cell', else `[bands, rows, stacks, columns, B V, D]`.
+  """
+  if family == 'cell':
+    return x_TBVD
+  # Not an axis more: where products of rank 7 are summed on a CPU, XLA as of
+  # jaxlib 0.10.2 and 0.11.0 ends the process (jax issue 39257).
+  return x_TBVD.reshape(box[1], box[0], box[0], box[1], -1, x_TBVD.shape[-1])
 
 
 def pooled(
@@ -163,50 +174,55 @@ def pooled(
   box: tuple[int, int],
   pool: str,
 ) -> list[Array]:
-  """Each family's values `[bands, rows, stacks, columns, B, V, P]`, with size 1
-  along the axes pooled over; arguments as in `constraint_half`.
+  """Each family's values, P wide, in its `view`, with size 1 along the axes
+  pooled over; arguments as in `constraint_half`.
 
   Values of all families come from one product, but for means, which are linear
   and so may be taken first: their products are small.
   """
   weights = {name: value.astype(x_TBVD.dtype) for name, value in params.items()}
-  x = x_TBVD.reshape(_grid(x_TBVD, box))
+  up, width = weights['up'], x_TBVD.shape[-1]
+
+  def by_family(x_TBVN):
+    """The part of each, in its view."""
+    parts = _split(x_TBVN, families)
+    return [view(x, n, box) for n, x in zip(families, parts, strict=True)]
+
   members = [FAMILIES[name] for name in families]
-  return _pooled(weights, x, members, pool)
-
-
-def _pooled(weights, x, families, pool):
-  up, width = weights['up'], x.shape[-1]
   if pool == 'mean':
     return [
-      _mean(x, axes) @ part
-      for axes, part in zip(families, _split(up, families), strict=True)
+      _mean(view(x_TBVD, name, box), FAMILIES[name]) @ part
+      for name, part in zip(families, _split(up, families), strict=True)
     ]
   if pool == 'both':
     halves = up.reshape(width, len(families), 2, -1)
-    largest = x @ halves[:, :, 1].reshape(width, -1)
+    largest = by_family(x_TBVD @ halves[:, :, 1].reshape(width, -1))
     return [
       jnp.concatenate(
-        [_mean(x, axes) @ halves[:, i, 0], value.max(axes, keepdims=True)], -1
+        [
+          _mean(view(x_TBVD, name, box), axes) @ halves[:, i, 0],
+          value.max(axes, keepdims=True),
+        ],
+        -1,
       )
-      for i, (axes, value) in enumerate(
-        zip(families, _split(largest, families), strict=True)
+      for i, (name, axes, value) in enumerate(
+        zip(families, members, largest, strict=True)
       )
     ]
-  values = _split(x @ up, families)
+  values = by_family(x_TBVD @ up)
   if pool == 'max':
     return [
       value.max(axes, keepdims=True)
-      for axes, value in zip(families, values, strict=True)
+      for axes, value in zip(members, values, strict=True)
     ]
   if pool != 'softmax':
     raise ValueError(f'pool must be one of {POOLS}, got {pool!r}')
-  scores = _split((x @ weights['score']).astype(jnp.float32), families)
+  scores = by_family((x_TBVD @ weights['score']).astype(jnp.float32))
   return [
     (jax.nn.softmax(score, axis=axes) * value)
     .sum(axes, keepdims=True)
-    .astype(x.dtype)
-    for axes, score, value in zip(families, scores, values, strict=True)
+    .astype(x_TBVD.dtype)
+    for axes, score, value in zip(members, scores, values, strict=True)
   ]
 
 

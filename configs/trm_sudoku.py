@@ -7,7 +7,7 @@ others repeat it at .79 to .87. A cell that treats all digits alike
 
 `symmetric`, 469,505 parameters, 1,000 puzzles: .968 of all 5,191 test puzzles
 (see below) in 16 steps and .991 in 64, after 36 million rows in an hour of
-borrowed GPUs. Three runs, each from the weights of the one before (bfloat16,
+H200. Three runs, each from the weights of the one before (bfloat16,
 `slices`, EMA .999, warm-up and cosine):
 
   1  28,000 steps of 256 rows, T 3, lr 3e-4, decay 1, seed 0 (one H200, 24/s)

@@ -7,6 +7,7 @@ as many tests compile the same ones. Set XLA_FLAGS to compile as users do:
 --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true
 """
 
+import gc
 import importlib.util
 import mmap
 import os
@@ -39,6 +40,10 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a worker of pytest
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 import jax
+
+# Tracing makes many objects and few cycles: looking for them as often as Python
+# does by default takes a tenth of the suite's time.
+gc.set_threshold(100_000, 50, 100)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -65,14 +65,14 @@ thousands of steps:
 for later. One seed of each: a spread is not known.)
 
 Why the decay is .4, a conjecture: where gradients are mostly noise, Adam's
-weights settle where the signal's share s of its steps balances the decay, at
-s / decay whatever the rate, and s grows with the square root of the rows. So decay 1,
-published with 768 rows, keeps weights small where there are fewer: 34,000 steps
-of 256 rows from the weights of run 2 (T 3, learning rate 1e-4 to .04 of it,
-decay 1) lose, .830 of the test in 16 steps and .968 in 64; 1,400 steps of 1,024
-rows at 3e-5 change nothing beyond chance (.875, .971). In run 3 the weights
-`down` grew by a quarter as that says. Decay and T were changed at once, so what
-each gave is not known.
+weights settle where the signal's share s of its steps balances the decay, at s
+/ decay whatever the rate, and s grows with the square root of the rows. So
+decay 1, published with 768 rows, keeps weights small where there are fewer:
+34,000 steps of 256 rows from the weights of run 2 (T 3, learning rate 1e-4 to
+.04 of it, decay 1) lose, .830 of the test in 16 steps and .968 in 64; 1,400
+steps of 1,024 rows at 3e-5 change nothing beyond chance (.875, .971). In run 3
+the weights `down` grew by a quarter as that says. Decay and T were changed at
+once, so what each gave is not known.
 
 Rounding decides about puzzles that are about to be solved: the weights of run 2
 solve, in 16 and in 64 steps, on one H200 and of the same 512 validation puzzles

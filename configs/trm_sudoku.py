@@ -65,8 +65,8 @@ thousands of steps:
 for later. One seed of each: a spread is not known.)
 
 Why the decay is .4, a conjecture: where gradients are mostly noise, Adam's
-weights settle where the signal's share s of its steps balances the decay, at s
-/ decay whatever the rate, and s grows with the square root of the rows. So
+weights settle where the signal's share s of its steps balances the decay, at
+s : decay whatever the rate, and s grows with the square root of the rows. So
 decay 1, published with 768 rows, keeps weights small where there are fewer:
 34,000 steps of 256 rows from the weights of run 2 (T 3, learning rate 1e-4 to
 .04 of it, decay 1) lose, .830 of the test in 16 steps and .968 in 64; 1,400

@@ -42,7 +42,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a worker of pytest
 import jax
 
 # Tracing makes many objects and few cycles: looking for them as often as Python
-# does by default takes a tenth of the suite's time.
+# does by default took some tenth of the time of two files.
 gc.set_threshold(100_000, 50, 100)
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')

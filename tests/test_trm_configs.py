@@ -114,7 +114,12 @@ def test_every_size_has_its_tokens():
 
 def test_what_is_carried_between_slices_is_small():
   """Less than 60 MiB in all: slots are emptied, so not saved."""
-  for variant in ('mixer,slices', 'slices', 'finish,slices'):
+  for variant in (
+    'mixer,slices',
+    'slices',
+    'finish,slices',
+    'mixer,finish,slices',
+  ):
     _, state, _ = traced('trm_sudoku', variant)
     fields = load('trm_sudoku', variant)['checkpoint']
     states = fields['keep'] + bool(fields['best'])
@@ -154,6 +159,7 @@ def test_what_excludes_each_other_is_refused():
     ('trm_sudoku', 'mixer,attention'),
     ('trm_sudoku', 'mixer,constraints'),
     ('trm_sudoku', 'constraints,finish'),
+    ('trm_sudoku', 'attention,finish'),
     ('trm_sudoku', 'T2n2,layers4'),
     ('trm_mini', 'deep,flat'),
     ('trm_mini', 'attention,symmetric'),

@@ -78,9 +78,20 @@ SETTINGS: dict[str, list[dict]] = {
     {'wide': {'split': True, 'backward': _SPLIT | {'ahead': False}}},
     {'wide': {'split': True, 'backward': _SPLIT | {'stages': 3}}},
     {'wide': {'gated': {'stages': 4, 'ahead': False}}},
+    {'wide': {'keep': True}},
+    {'wide': {'keep': True, 'kept': {'stages': 3}}},
+    {'wide': {'keep': True, 'kept': {'columns': 64}}},
     {'down_width': 32, 'down_stages': 4},
   ],
-  'attention': [{'warps': 4, 'back_warps': 8}],
+  'attention': [
+    dict(zip(attention.Tiles._fields, values, strict=True))
+    for values in (
+      (128, 4, 64, 8),
+      (64, 4, 64, 4),
+      (64, 8, 32, 4),
+      (32, 4, 32, 8),
+    )
+  ],
   'constraint': [
     {'warps': 8, 'back_warps': 8},
     {'rows': 128, 'warps': 8, 'back_rows': 128, 'back_warps': 8},

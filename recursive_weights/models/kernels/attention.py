@@ -1,14 +1,15 @@
 """Attention over few tokens as one kernel (Pallas, Triton).
 
-A program holds all tokens of one head of one example. It reads queries, keys
-and values where the projection wrote them, tokens first, turns them, and
-writes what was seen where the output projection reads it: no transposes, and
-no scores in memory. The backward pass makes the scores again.
+A program holds keys and values of one head of one example and goes through its
+queries, some tokens at a time. It reads all three where the projection wrote
+them, tokens first, turns them, and writes what was seen where the output
+projection reads it: no transposes, and no scores in memory. The backward pass
+makes the scores again.
 """
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,16 @@ from recursive_weights.models.kernels import channel_half, tiling
 
 
 class Tiles(NamedTuple):
-  """Warps of a program, forward and backward."""
+  """How the work is cut.
 
+  rows: tokens whose queries are taken at a time, a power of two, at least 16:
+  with fewer a program holds fewer scores, so that more of them share a
+  multiprocessor. warps: of a program. `back_*`: the same of the backward pass.
+  """
+
+  rows: int = 128
   warps: int = 8
+  back_rows: int = 128
   back_warps: int = 8
 
 
@@ -112,18 +120,47 @@ def _head(which, heads, half, parts=3):
   return ((example * parts + which) * heads + head) * 2 * half
 
 
-def _load(ref, first, size):
-  """All rows `[P, size]`, zero past the last."""
-  return tiling.load(ref, pl.ds(first, size), True)[0]
+class _Tokens(NamedTuple):
+  """`size` rows from `first` on, of `total`; zero past the last."""
+
+  first: Any
+  size: int
+  total: int
+
+  def load(self, ref, column, width):
+    columns = pl.ds(column, width)
+    return tiling.load_rows(ref, self.first, self.size, self.total, columns)
+
+  def pair(self, ref, column, half):
+    """The halves of a head, which are turned together."""
+    return self.load(ref, column, half), self.load(ref, column + half, half)
+
+  def angles(self, turn_refs):
+    return [self.load(ref, 0, ref.shape[1]) for ref in turn_refs]
+
+  def store(self, ref, column, value):
+    columns = pl.ds(column, value.shape[1])
+    tiling.store_rows(ref, value, self.first, self.total, columns)
 
 
-def _store(ref, first, value):
-  tiling.store(ref, pl.ds(first, value.shape[1]), [value], True)
+def _everyone(total):
+  """All tokens, as one power of two."""
+  size = max(16, pl.next_power_of_2(total))
+  # A start that is known only when run may reach past the end.
+  return _Tokens(0 * pl.program_id(0), size, total)
 
 
-def _pair(ref, first, half):
-  """The halves of a head, which are turned together."""
-  return _load(ref, first, half), _load(ref, first + half, half)
+def _over(total, rows, body, carry):
+  """`body(tokens, carry) -> carry` for `rows` tokens after the other."""
+  everyone = _everyone(total)
+  if rows >= everyone.size:
+    return body(everyone, carry)
+  return jax.lax.fori_loop(
+    0,
+    pl.cdiv(total, rows),
+    lambda index, carry: body(_Tokens(index * rows, rows, total), carry),
+    carry,
+  )
 
 
 def _turned(halves, turn, sign):
@@ -140,14 +177,14 @@ def _products(xs, ys):
   return sum(tiling.dot(x, y.T) for x, y in zip(xs, ys, strict=True))
 
 
-def _shares(q, k, tokens):
-  """`(e [P, P], 1 / sum e [P])`, e exponentials of the scores, at most 1.
+def _shares(q, k, total):
+  """`(e [R, P], 1 / sum e [R])`, e exponentials of the scores, at most 1.
 
   Columns past the last token are zero.
   """
-  rows, half = q[0].shape
+  half = q[0].shape[1]
   score = _products(q, k)
-  exists = jnp.arange(rows)[None] < tokens
+  exists = jnp.arange(score.shape[1])[None] < total
   score = jnp.where(exists, score, -1e30)
   # By powers of two, which the GPU has an instruction for.
   score = score * np.float32(np.log2(np.e) / np.sqrt(2 * half))
@@ -155,37 +192,37 @@ def _shares(q, k, tokens):
   return e, 1 / e.sum(1)
 
 
-def _angles(turn_refs):
-  everything = slice(None)
-  return [tiling.load(ref, everything, True)[0] for ref in turn_refs]
-
-
-def _turned_pairs(qkv_ref, turn, heads, half):
-  return (
-    _turned(_pair(qkv_ref, _head(which, heads, half), half), turn, 1)
-    for which in (0, 1)
-  )
-
-
-def _forward_kernel(qkv_ref, *refs, heads, half):
+def _forward_kernel(qkv_ref, *refs, heads, half, rows):
   *turn_refs, seen_ref = refs
-  q, k = _turned_pairs(qkv_ref, _angles(turn_refs), heads, half)
-  v = _load(qkv_ref, _head(2, heads, half), 2 * half)
-  e, norm = _shares(q, k, qkv_ref.shape[0])
-  seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
-  _store(seen_ref, _head(0, heads, half, 1), seen)
+  total = qkv_ref.shape[0]
+  everyone = _everyone(total)
+  first = [_head(which, heads, half) for which in range(3)]
+  seen_first = _head(0, heads, half, 1)
+  k = everyone.pair(qkv_ref, first[1], half)
+  k = _turned(k, everyone.angles(turn_refs), 1)
+  v = everyone.load(qkv_ref, first[2], 2 * half)
+
+  def body(some, carry):
+    q = some.pair(qkv_ref, first[0], half)
+    q = _turned(q, some.angles(turn_refs), 1)
+    e, norm = _shares(q, k, total)
+    seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
+    some.store(seen_ref, seen_first, seen)
+    return carry
+
+  _over(total, rows, body, 0)
 
 
-def _sizes(qkv_TN, plan):
+def _sizes(qkv_TN, plan, rows):
   half = qkv_TN.shape[1] // (plan.batch * 3 * plan.heads * 2)
-  return {'heads': plan.heads, 'half': half}
+  return {'heads': plan.heads, 'half': half, 'rows': rows}
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _forward(qkv_TN, turn, plan):
   tokens, columns = qkv_TN.shape
   return pl.pallas_call(
-    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan)),
+    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan, plan.tiles.rows)),
     out_shape=jax.ShapeDtypeStruct((tokens, columns // 3), qkv_TN.dtype),
     grid=(plan.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(
@@ -196,32 +233,46 @@ def _forward(qkv_TN, turn, plan):
   )(qkv_TN, *(turn or ()))
 
 
-def _backward_kernel(qkv_ref, g_ref, *refs, heads, half):
+def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, rows):
   *turn_refs, dqkv_ref = refs
-  dtype = qkv_ref.dtype
-  turn = _angles(turn_refs)
-  q, k = _turned_pairs(qkv_ref, turn, heads, half)
-  v = _load(qkv_ref, _head(2, heads, half), 2 * half)
-  g = _load(g_ref, _head(0, heads, half, 1), 2 * half)
-  e, norm = _shares(q, k, qkv_ref.shape[0])
-  share = e * norm[:, None]
-  dshare = tiling.dot(g, v.T)
-  dscore = share * (dshare - (share * dshare).sum(1)[:, None])
-  dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
-  dv = tiling.dot(share.astype(dtype).T, g)
-  dq = tuple(tiling.dot(dscore, x) for x in k)
-  dk = tuple(tiling.dot(dscore.T, x) for x in q)
-  for which, pair in enumerate((dq, dk)):
-    first = _head(which, heads, half)
-    for part, value in enumerate(_turned(pair, turn, -1)):
-      _store(dqkv_ref, first + part * half, value)
-  _store(dqkv_ref, _head(2, heads, half), dv)
+  dtype, total = qkv_ref.dtype, qkv_ref.shape[0]
+  everyone = _everyone(total)
+  first = [_head(which, heads, half) for which in range(3)]
+  seen_first = _head(0, heads, half, 1)
+  angles = everyone.angles(turn_refs)
+  k = _turned(everyone.pair(qkv_ref, first[1], half), angles, 1)
+  v = everyone.load(qkv_ref, first[2], 2 * half)
+
+  def store(tokens, which, pair, angles):
+    for part, value in enumerate(_turned(pair, angles, -1)):
+      tokens.store(dqkv_ref, first[which] + part * half, value)
+
+  def body(some, sums):
+    *dk, dv = sums
+    angles = some.angles(turn_refs)
+    q = _turned(some.pair(qkv_ref, first[0], half), angles, 1)
+    g = some.load(g_ref, seen_first, 2 * half)
+    e, norm = _shares(q, k, total)
+    share = e * norm[:, None]
+    dshare = tiling.dot(g, v.T)
+    dscore = share * (dshare - (share * dshare).sum(1)[:, None])
+    dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
+    store(some, 0, tuple(tiling.dot(dscore, x) for x in k), angles)
+    dk = [d + tiling.dot(dscore.T, x) for d, x in zip(dk, q, strict=True)]
+    return *dk, dv + tiling.dot(share.astype(dtype).T, g)
+
+  zeros = [jnp.zeros(x.shape, jnp.float32) for x in (*k, v)]
+  *dk, dv = _over(total, rows, body, tuple(zeros))
+  store(everyone, 1, tuple(dk), angles)
+  everyone.store(dqkv_ref, first[2], dv)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _backward(qkv_TN, turn, g_TN, plan):
   return pl.pallas_call(
-    functools.partial(_backward_kernel, **_sizes(qkv_TN, plan)),
+    functools.partial(
+      _backward_kernel, **_sizes(qkv_TN, plan, plan.tiles.back_rows)
+    ),
     out_shape=jax.ShapeDtypeStruct(qkv_TN.shape, qkv_TN.dtype),
     grid=(plan.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(

@@ -1,6 +1,6 @@
 """The channel half of a block with its gated unit inside the product's kernel.
 
-Gate and up are written nowhere: one kernel makes both products of a tile and
+Gate and up need not be written: one kernel makes both products of a tile and
 their gated unit, so what passes through memory is x and the hidden units. Down
 projection, residual and norm are left to XLA or (`down=True`) done by a second
 kernel that holds whole rows.
@@ -65,7 +65,8 @@ def apply(
   """`rms_D(x + (silu(x gate) * (x up)) down)`, all over the width.
 
   The same as `layers.trm_block.channel_half`: products in the dtype of x, sums
-  and the norm in float32. The backward pass computes gate and up again.
+  and the norm in float32. The backward pass computes gate and up again, unless
+  `tiles.wide.keep`.
 
   Args:
     params: `gate [D, F]`, `up [D, F]`, `down [F, D]`.
@@ -169,26 +170,34 @@ def _fit(tiles, width, hidden):
   )
 
 
-def _whole(params, x_ND, tiles, interpret):
+def _whole(params, x_ND, tiles, interpret, keep=False):
+  """The result, its scale and, where they are to be kept, gate and up."""
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
   if tiles.wide:
-    hidden_NF = wide_product.gated(gate_DF, up_DF, x_ND, tiles.wide)
+    hidden_NF, *kept = wide_product.gated(
+      gate_DF, up_DF, x_ND, tiles.wide, keep
+    )
   else:
-    hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
-  return _projected(down_FD, hidden_NF, x_ND, tiles, interpret)
+    hidden_NF, kept = _gated(gate_DF, up_DF, x_ND, tiles, interpret), []
+  return *_projected(down_FD, hidden_NF, x_ND, tiles, interpret), kept
 
 
 def _mix_forward(params, x_ND, tiles, interpret):
-  y_ND, scale_N = _whole(params, x_ND, tiles, interpret)
-  return y_ND, (params, x_ND, y_ND, scale_N)
+  keep = tiles.wide is not None and tiles.wide.keep
+  y_ND, scale_N, kept = _whole(params, x_ND, tiles, interpret, keep)
+  return y_ND, (params, x_ND, y_ND, scale_N, kept)
 
 
 def _mix_backward(tiles, interpret, saved, g_ND):
-  params, x_ND, y_ND, scale_N = saved
+  params, x_ND, y_ND, scale_N, kept = saved
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
   dr_ND = _norm_backward(y_ND, scale_N, g_ND)
   weights = gate_DF, up_DF, down_FD
-  if tiles.wide:
+  if kept:
+    dgate_up_N2F, hidden_NF = wide_product.kept_backward(
+      down_FD, *kept, dr_ND, tiles.wide
+    )
+  elif tiles.wide:
     dgate_up_N2F, hidden_NF = wide_product.gated_backward(
       *weights, x_ND, dr_ND, tiles.wide
     )

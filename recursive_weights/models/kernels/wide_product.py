@@ -3,10 +3,12 @@
 Of the three warpgroups of a block two multiply and one fetches tiles through
 the copy engine. A block goes through all its tiles in one loop, so that the
 next tile is on its way while one is finished. The gated unit is applied to the
-accumulators: gate and up are written nowhere.
+accumulators: gate and up are written nowhere, or (`Plan.keep`) once, for the
+backward pass.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,15 +38,19 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Tiles of the two kernels.
+  """Tiles of the kernels.
 
-  split: the backward one contracts x and the gradient one after the other, so
-  that more steps are in flight. blocks: of a launch; 0 for as many as the
-  device has multiprocessors. interpret: for `plgpu.kernel`.
+  keep: gate and up are kept for the backward pass, which then has one product
+  (`kept`) for three (`backward`). split: the backward one contracts x and the
+  gradient one after the other, so that more steps are in flight. blocks: of a
+  launch; 0 for as many as the device has multiprocessors. interpret: for
+  `plgpu.kernel`.
   """
 
   gated: Tiles = Tiles(stages=4, ahead=True)
   backward: Tiles = Tiles(columns=64)
+  kept: Tiles = Tiles(stages=4, ahead=True)
+  keep: bool = False
   split: bool = False
   blocks: int = 0
   interpret: Any = False
@@ -57,10 +63,14 @@ def available() -> bool:
 
 def fits(rows: int, width: int, hidden: int, plan: Plan) -> bool:
   """Whether the sizes are whole tiles."""
-  wholes = [(rows, plan.gated.rows), (rows, plan.backward.rows)]
-  wholes += [(width, plan.gated.width), (width, plan.backward.width)]
-  wholes += [(hidden, plan.gated.columns), (hidden, plan.backward.columns)]
-  return all(size % tile == 0 for size, tile in wholes)
+  sizes = rows, width, hidden
+  return all(
+    size % tile == 0
+    for tiles in (plan.gated, plan.kept if plan.keep else plan.backward)
+    for size, tile in zip(
+      sizes, (tiles.rows, tiles.width, tiles.columns), strict=True
+    )
+  )
 
 
 def _memory(rows, columns, dtype, *slots):
@@ -195,15 +205,17 @@ def _store(memory, value, gmem):
 
 
 # Under jit, so that equal calls of a program are lowered once.
-@functools.partial(jax.jit, static_argnames='plan')
-def gated(gate_DF: Array, up_DF: Array, x_ND: Array, plan: Plan) -> Array:
-  """`silu(x gate) * (x up)`, `[N, F]`."""
+@functools.partial(jax.jit, static_argnames=('plan', 'keep'))
+def gated(
+  gate_DF: Array, up_DF: Array, x_ND: Array, plan: Plan, keep: bool = False
+) -> tuple[Array, ...]:
+  """`silu(x gate) * (x up)` `[N, F]`, and if `keep` both products `[N, 2F]`."""
   tiles = plan.gated
   (total, width), hidden = x_ND.shape, gate_DF.shape[1]
   dtype, half = x_ND.dtype, tiles.rows // 2
   grid = total // tiles.rows, hidden // tiles.columns
 
-  def block(x_gmem, gate_gmem, up_gmem, out_gmem):
+  def block(x_gmem, gate_gmem, up_gmem, out_gmem, both_gmem=None):
     def scoped(xs, gates, ups, outs, full, empty):
       loop = _Loop(grid, width // tiles.width, tiles, full, empty)
       group = jax.lax.axis_index('group')
@@ -232,9 +244,14 @@ def gated(gate_DF: Array, up_DF: Array, x_ND: Array, plan: Plan) -> Array:
 
           loop.contract(number, issue, 2)
           gate, up = gate_acc[...], up_acc[...]
-          at = pl.ds(row + group * half, half), pl.ds(column, tiles.columns)
           value = gate * tiling.sigmoid(gate) * up
-          _store(outs.at[group], value, out_gmem.at[at])
+          places = [(out_gmem, column, value)]
+          if keep:
+            places += [(both_gmem, column, gate)]
+            places += [(both_gmem, column + hidden, up)]
+          for gmem, first, value in places:
+            at = pl.ds(row + group * half, half), pl.ds(first, tiles.columns)
+            _store(outs.at[group], value, gmem.at[at])
 
         shape = half, tiles.columns
         pl.run_scoped(accumulate, *(plgpu.ACC(shape, jnp.float32),) * 2)
@@ -251,8 +268,10 @@ def gated(gate_DF: Array, up_DF: Array, x_ND: Array, plan: Plan) -> Array:
       collective_axes='group',
     )
 
-  out_type = jax.ShapeDtypeStruct((total, hidden), dtype)
-  return _launch(block, out_type, plan, x_ND, gate_DF, up_DF)
+  out_type = [jax.ShapeDtypeStruct((total, hidden), dtype)]
+  if keep:
+    out_type += [jax.ShapeDtypeStruct((total, 2 * hidden), dtype)]
+  return _launch(block, tuple(out_type), plan, x_ND, gate_DF, up_DF)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -369,3 +388,95 @@ def gated_backward(
   )
   args = x_ND, dr_ND, gate_DF, up_DF, down_FD.T
   return _launch(block, out_type, plan, *args)
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def kept_backward(
+  down_FD: Array, both_N2F: Array, dr_ND: Array, plan: Plan
+) -> tuple[Array, Array]:
+  """What `gated_backward` returns, from the products that `gated` kept."""
+  tiles = plan.kept
+  (total, width), hidden = dr_ND.shape, down_FD.shape[0]
+  dtype, half = dr_ND.dtype, tiles.rows // 2
+  grid = total // tiles.rows, hidden // tiles.columns
+  steps = width // tiles.width
+  # By this step of a tile the one before is left, without waiting for it.
+  late = min(tiles.stages, steps - 1)
+
+  def block(dr_gmem, down_gmem, both_gmem, dboth_gmem, h_gmem):
+    def scoped(left, downs, kept, outs, full, empty, ready, free):
+      loop = _Loop(grid, steps, tiles, full, empty)
+      group = jax.lax.axis_index('group')
+
+      def fetch(number, step, slot):
+        row, column = loop.place(number)
+        inner = pl.ds(step * tiles.width, tiles.width)
+        outer = pl.ds(column, tiles.columns)
+        for gmem, at, smem in (
+          (dr_gmem, (pl.ds(row, tiles.rows), inner), left),
+          (down_gmem, (inner, outer), downs),
+        ):
+          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], full.at[slot])
+
+        @pl.when(step == late)
+        def _products():
+          plgpu.barrier_wait(free)
+          for which, whose in itertools.product((0, 1), repeat=2):
+            rows = pl.ds(row + whose * half, half)
+            columns = pl.ds(column + which * hidden, tiles.columns)
+            plgpu.copy_gmem_to_smem(
+              both_gmem.at[rows, columns], kept.at[which, whose], ready
+            )
+
+      def tile(number):
+        row, column = loop.place(number)
+        # The last tile's results are on their way from where these come.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(free)
+
+        def accumulate(dh_acc):
+          def issue(slot):
+            mine = left.at[slot, pl.ds(group * half, half)]
+            plgpu.wgmma(dh_acc, mine, downs.at[slot])
+
+          loop.contract(number, issue, 1)
+          plgpu.barrier_wait(ready)
+          u, v = (
+            kept.at[which, group][...].astype(jnp.float32) for which in (0, 1)
+          )
+          values = tiling.swiglu_backward(u, v, dh_acc[...])
+          places = [kept.at[which, group] for which in (0, 1)]
+          places += [outs.at[group]]
+          for smem, value in zip(places, values, strict=True):
+            smem[...] = value.astype(dtype)
+          plgpu.commit_smem()
+          rows = pl.ds(row + group * half, half)
+          for gmem, first, smem in (
+            (dboth_gmem, column, places[0]),
+            (dboth_gmem, column + hidden, places[1]),
+            (h_gmem, column, places[2]),
+          ):
+            at = rows, pl.ds(first, tiles.columns)
+            plgpu.copy_smem_to_gmem(smem, gmem.at[at])
+
+        pl.run_scoped(accumulate, plgpu.ACC((half, tiles.columns), jnp.float32))
+
+      loop.run(fetch, tile)
+
+    pl.run_scoped(
+      scoped,
+      left=_memory(tiles.rows, tiles.width, dtype, tiles.stages),
+      downs=_memory(tiles.width, tiles.columns, dtype, tiles.stages),
+      kept=_memory(half, tiles.columns, dtype, 2, 2),
+      outs=_memory(half, tiles.columns, dtype, 2),
+      ready=plgpu.Barrier(num_arrivals=4),
+      free=plgpu.Barrier(num_arrivals=2),
+      **_barriers(tiles.stages, 2),
+      collective_axes='group',
+    )
+
+  out_type = (
+    jax.ShapeDtypeStruct((total, 2 * hidden), dtype),
+    jax.ShapeDtypeStruct((total, hidden), dtype),
+  )
+  return _launch(block, out_type, plan, dr_ND, down_FD.T, both_N2F)

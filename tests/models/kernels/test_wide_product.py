@@ -18,6 +18,7 @@ def plan(**changes):
   return wide_product.Plan(
     gated=small,
     backward=small,
+    kept=small,
     blocks=2,
     interpret=params.InterpretGPUParams(),
   )._replace(**changes)
@@ -51,7 +52,7 @@ def distance(a, b):
 def test_gated_unit_of_two_products(ahead):
   weights, x_ND, dr_ND = arrays()
   tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
-  found = wide_product.gated(*weights[:2], x_ND, plan(gated=tiles))
+  (found,) = wide_product.gated(*weights[:2], x_ND, plan(gated=tiles))
   assert distance(found, exact(weights, x_ND, dr_ND)[2]) < 3e-3
 
 
@@ -66,6 +67,25 @@ def test_gradients_of_the_gated_unit(split):
   dgate, dup, h = exact(weights, x_ND, dr_ND)
   assert distance(both, jnp.concatenate([dgate, dup], 1)) < 3e-3
   assert distance(hidden, h) < 3e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize('ahead, width', [(False, 64), (True, 32)])
+def test_gradients_from_products_that_were_kept(ahead, width):
+  weights, x_ND, dr_ND = arrays()
+  gate, up, down = weights
+  tiles = wide_product.Tiles(columns=64, width=width, stages=2, ahead=ahead)
+  keeps = plan(kept=tiles, keep=True)
+  (alone,) = wide_product.gated(gate, up, x_ND, keeps)
+  hidden, both = wide_product.gated(gate, up, x_ND, keeps, keep=True)
+  assert (alone == hidden).all()
+  wide = (a.astype(jnp.float32) for a in (x_ND, gate, up))
+  x, gate, up = wide
+  assert distance(both, jnp.concatenate([x @ gate, x @ up], 1)) < 3e-3
+  dboth, h = wide_product.kept_backward(down, both, dr_ND, keeps)
+  dgate, dup, exact_h = exact(weights, x_ND, dr_ND)
+  assert distance(dboth, jnp.concatenate([dgate, dup], 1)) < 5e-3
+  assert distance(h, exact_h) < 5e-3
 
 
 def test_only_whole_tiles_fit():

@@ -1,5 +1,9 @@
 """Eight simulated devices and strict rank promotion for every test.
 
+A worker has cores of its own, and so have the processes that it starts: threads
+of two workers' programs that wait for each other on the same cores made a
+notebook take four times as much of them as its work is.
+
 Most of the suite's time is compiling programs that then run a few tiny steps,
 so LLVM does not optimise them, XLA's emitters of fusions are off (a hybrid's
 step compiles in a quarter of the time), and programs are kept for the session,
@@ -27,6 +31,15 @@ def known(flag):
   return False
 
 
+def share(cores):
+  """Those of this worker of pytest; all where there are fewer than workers."""
+  worker = os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw')
+  workers = os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1')
+  return sorted(cores)[int(worker) :: int(workers)] or cores
+
+
+if hasattr(os, 'sched_setaffinity'):
+  os.sched_setaffinity(0, share(os.sched_getaffinity(0)))
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = os.environ.get('XLA_FLAGS', '')
 if 'optimization_level' not in flags:

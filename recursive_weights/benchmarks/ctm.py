@@ -178,6 +178,7 @@ def measure(
     'flops_compiler': cost.get('flops'),
     'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
     'argument_bytes': getattr(memory, 'argument_size_in_bytes', None),
+    'peak_bytes': device.peak_bytes(memory),
     'compile_s': round(compile_s, 1),
   }
 

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from recursive_weights.benchmarks import device
 from recursive_weights.models import hybrid_lm
 from recursive_weights.models.decoder import text_spec
 
@@ -212,6 +213,7 @@ def main() -> None:
       line |= {
         f'{name}_tokens_per_second': round(tokens / seconds, 1),
         f'{name}_temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
+        f'{name}_peak_bytes': device.peak_bytes(memory),
         f'{name}_compile_s': compile_s,
       }
     print(json.dumps(line), flush=True)

@@ -74,6 +74,8 @@ SETTINGS: dict[str, list[dict]] = {
   'channel': [
     {'wide': None},
     {'down': False},
+    {'down': False, 'norm_rows': 4, 'norm_warps': 4},
+    {'down': False, 'norm_rows': 32, 'norm_warps': 8},
     {'wide': {'split': True, 'backward': _SPLIT}},
     {'wide': {'split': True, 'backward': _SPLIT | {'ahead': False}}},
     {'wide': {'split': True, 'backward': _SPLIT | {'stages': 3}}},

@@ -1,9 +1,9 @@
 """The channel half of a block with its gated unit inside the product's kernel.
 
 Gate and up need not be written: one kernel makes both products of a tile and
-their gated unit, so what passes through memory is x and the hidden units. Down
-projection, residual and norm are left to XLA or (`down=True`) done by a second
-kernel that holds whole rows.
+their gated unit, so what passes through memory is x and the hidden units. A
+second kernel holds whole rows: of the down projection, residual and norm
+(`down=True`), or of the last two, after a product by XLA.
 """
 
 import functools
@@ -27,7 +27,8 @@ class Tiles(NamedTuple):
   rows, hidden, width: of a product's tile and of a step of its contraction.
   warps, stages: of a program, and of its loads in flight. `back_*`: the same
   of the backward pass; `down_*`: of the down projection, whose tile has all
-  columns. down: whether that is a kernel too. wide: the plan of the kernels for
+  columns. down: whether that is a kernel too; else `norm_*` are of the residual
+  and the norm alone. wide: the plan of the kernels for
   Hopper GPUs, which take the place of these in 16-bit types where sizes are
   whole tiles of theirs; None for never.
   """
@@ -47,6 +48,8 @@ class Tiles(NamedTuple):
   down_width: int = 64
   down_warps: int = 8
   down_stages: int = 3
+  norm_rows: int = 16
+  norm_warps: int = 4
   wide: wide_product.Plan | None = wide_product.Plan()
 
 
@@ -144,9 +147,7 @@ def _projected(down_FD, hidden_NF, x_ND, tiles, interpret):
   down_FD = down_FD.astype(x_ND.dtype)
   if tiles.down:
     return _down(hidden_NF, down_FD, x_ND, tiles, interpret)
-  r_ND = (x_ND + hidden_NF @ down_FD).astype(jnp.float32)
-  scale_N1 = jax.lax.rsqrt((r_ND * r_ND).mean(1, keepdims=True) + EPS)
-  return (r_ND * scale_N1).astype(x_ND.dtype), scale_N1[:, 0]
+  return _norm(hidden_NF @ down_FD, x_ND, tiles, interpret)
 
 
 def _norm_backward(y_ND, scale_N, g_ND):
@@ -294,6 +295,40 @@ def _down(hidden_NF, down_FD, x_ND, tiles, interpret):
     interpret=interpret,
     name='channel_half_down',
   )(hidden_NF, down_FD, x_ND)
+
+
+def _norm_kernel(product_ref, x_ref, y_ref, scale_ref, *, tiles):
+  total, width = x_ref.shape
+  first, size = pl.program_id(0) * tiles.norm_rows, tiles.norm_rows
+  # All columns as one power of two; zero past the last.
+  columns = pl.next_power_of_2(width)
+  at = pl.ds(first, size), pl.ds(0 * first, columns)
+  exists = first + jnp.arange(size) < total
+  mask = exists[:, None] & (jnp.arange(columns) < width)[None]
+  r = sum(
+    plgpu.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32)
+    for ref in (product_ref, x_ref)
+  )
+  scale = jax.lax.rsqrt((r * r).sum(1) / width + EPS)
+  value = (r * scale[:, None]).astype(y_ref.dtype)
+  plgpu.store(y_ref.at[at], value, mask=mask)
+  plgpu.store(scale_ref.at[at[0]], scale, mask=exists)
+
+
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
+def _norm(product_ND, x_ND, tiles, interpret):
+  rows = x_ND.shape[0]
+  return pl.pallas_call(
+    functools.partial(_norm_kernel, tiles=tiles),
+    out_shape=(
+      jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ),
+    grid=(pl.cdiv(rows, tiles.norm_rows),),
+    compiler_params=plgpu.CompilerParams(num_warps=tiles.norm_warps),
+    interpret=interpret,
+    name='channel_half_norm',
+  )(product_ND, x_ND)
 
 
 def _gated_backward_kernel(

@@ -1,4 +1,9 @@
-"""What a device can do at most, for shares of it, and what a program holds."""
+"""What a device can do at most, for shares of it, and what a program takes."""
+
+import collections
+import pathlib
+import tempfile
+from collections.abc import Callable
 
 import jax
 
@@ -31,3 +36,26 @@ def peak_bytes(memory) -> int | None:
     return None
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def kernel_ms(run: Callable[[], None], calls: int) -> dict[str, float]:
+  """Milliseconds a call by GPU kernel, longest first; {} without a GPU.
+
+  Args:
+    run: does all calls and waits for them.
+    calls: how many they are.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      run()
+    (path,) = pathlib.Path(folder).rglob('*.xplane.pb')
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    total: collections.Counter[str] = collections.Counter()
+    for plane in planes:
+      if not plane.name.startswith('/device:GPU'):
+        continue
+      for line in plane.lines:
+        if line.name.startswith('Stream'):
+          for event in line.events:
+            total[event.name] += event.duration_ns
+  return {name: ns / 1e6 / calls for name, ns in total.most_common()}

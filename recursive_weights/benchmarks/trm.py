@@ -366,8 +366,12 @@ def measure_step(
   batch: int,
   parts: int,
   repeats: int,
+  profile: int = 0,
 ) -> dict:
-  """Median time of a training step, and what the compiler says of it."""
+  """Median time of a training step, and what the compiler says of it.
+
+  `profile`: so many of its kernels are named, with the milliseconds of each.
+  """
   optimizer = optax.adamw(1e-4, b2=0.95, weight_decay=1.0)
   stream = np.random.default_rng(0)
   data = {
@@ -392,6 +396,13 @@ def measure_step(
     losses.append(value)
     return state
 
+  def again():
+    clock(run, jax.tree.map(jnp.copy, state), repeats=0, calls=1)
+
+  if profile:
+    again()  # what is loaded at first is not the step's
+    found = list(device.kernel_ms(again, calls=2).items())[:profile]
+    kernels = {name: round(ms, 3) for name, ms in found}
   times = clock(run, state, repeats=repeats, calls=3)
   cost = compiled.cost_analysis() or {}
   memory = compiled.memory_analysis()
@@ -406,6 +417,7 @@ def measure_step(
     'argument_bytes': getattr(memory, 'argument_size_in_bytes', None),
     'peak_bytes': device.peak_bytes(memory),
     'compile_s': round(compile_s, 1),
+    **({'kernels': kernels} if profile else {}),
   }
 
 
@@ -489,6 +501,7 @@ def steps_report(flags) -> None:
         batch=batch,
         parts=parts,
         repeats=flags.repeats,
+        profile=flags.profile,
       )
     except Exception as error:
       text = f'{type(error).__name__}: {error}'
@@ -544,6 +557,9 @@ def main() -> None:
     '--unrolled', type=int, default=INNER, help='updates of z in a loop body'
   )
   parser.add_argument('--remat', action='store_true')
+  parser.add_argument(
+    '--profile', type=int, default=0, help='kernels to name, longest first'
+  )
   parser.add_argument(
     '--peak_tflops', type=float, help="of the device; none: its data sheet's"
   )

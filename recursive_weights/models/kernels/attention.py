@@ -48,6 +48,7 @@ def apply(
   heads: int,
   turn: tuple[Array, Array] | None = None,
   tiles: Tiles | None = None,
+  out_tiles: channel_half.Tiles | None = None,
   interpret: bool | None = None,
 ) -> Array:
   """`rms_D(x + softmax(q k^T / sqrt(K)) v out)`, every token sees every one.
@@ -60,6 +61,7 @@ def apply(
     heads: H, of K = D / H entries.
     turn: cosines and sines `[T, K]`, the same in both halves of K; or None.
     tiles: see `Tiles`.
+    out_tiles: of the output projection, see `channel_half.project`.
     interpret: run without a GPU, slowly; None: where there is none.
 
   Raises:
@@ -84,6 +86,7 @@ def apply(
     params['out'],
     seen_TN.reshape(-1, width),
     x_TBD.reshape(-1, width),
+    tiles=out_tiles,
     interpret=interpret,
   )
   return y_ND.reshape(x_TBD.shape)

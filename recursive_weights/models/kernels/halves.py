@@ -72,7 +72,7 @@ def make(
     fits = attention.fits(x_TBD.shape[0], x_TBD.shape[-1], heads)
     if use(fits, x_TBD):
       program = attention.apply
-      options |= {'tiles': over, 'interpret': interpret}
+      options |= {'tiles': over, 'out_tiles': channel, 'interpret': interpret}
     return program(params, x_TBD, **options)
 
   def constraint_program(params, x_TBVD, *, families, box, pool):

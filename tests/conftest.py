@@ -1,13 +1,15 @@
 """Eight simulated devices and strict rank promotion for every test.
 
-A worker has cores of its own, and so have the processes that it starts: threads
-of two workers' programs that wait for each other on the same cores made a
-notebook take four times as much of them as its work is.
+A worker has cores of its own, and so have the processes that it starts: where
+threads of two workers waited for each other on the same cores, that was more
+than half of a notebook's processor time, and six sevenths of another test's.
 
 Most of the suite's time is compiling programs that then run a few tiny steps,
 so LLVM does not optimise them, XLA's emitters of fusions are off (a hybrid's
-step compiles in a quarter of the time), and programs are kept for the session,
-as many tests compile the same ones. Set XLA_FLAGS to compile as users do:
+step compiles in a quarter of the time), a program is compiled in one part and
+its operations name one line of their origin (a tenth of the time), and programs
+are kept for the session, as many tests compile the same ones. Set XLA_FLAGS to
+compile as users do:
 --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true
 """
 
@@ -44,13 +46,18 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 flags = os.environ.get('XLA_FLAGS', '')
 if 'optimization_level' not in flags:
   flags += ' --xla_backend_optimization_level=0'
-if 'fusion_emitters' not in flags and known('xla_cpu_use_fusion_emitters'):
-  flags += ' --xla_cpu_use_fusion_emitters=false'
+for flag, value in (
+  ('xla_cpu_use_fusion_emitters', 'false'),
+  ('xla_cpu_parallel_codegen_split_count', '1'),
+):
+  if flag not in flags and known(flag):
+    flags += f' --{flag}={value}'
 os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=8'
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a worker of pytest
   programs = tempfile.TemporaryDirectory(prefix='recursive_weights_')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = programs.name
   os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+os.environ.setdefault('JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS', 'false')
 
 import jax
 

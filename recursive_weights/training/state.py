@@ -314,6 +314,7 @@ def make_dispatch(step: Callable) -> Callable:
   compiles the same loop body for every K: results do not depend, to the bit,
   on how many steps a dispatch takes.
   """
+  step = jax.jit(step, inline=True)  # traced once: for its shapes, in the loop
 
   def dispatch(state, batches, first, count):
     row = jax.tree.map(lambda x: x[0], batches)

@@ -16,6 +16,7 @@ from recursive_weights import config as config_lib
 from recursive_weights.interfaces import UserError
 from recursive_weights.io import pretrained
 from recursive_weights.training import checkpoints, lock, loop, metrics
+from recursive_weights.training.state import make_dispatch
 
 
 def final_state(experiment, workdir):
@@ -70,6 +71,24 @@ def test_steps_per_dispatch_do_not_change_a_bit(whole, tmp_path, most):
   assert loop.run(experiment, tmp_path) == results
   chex.assert_trees_all_equal(final_state(experiment, tmp_path), state)
   assert lines(tmp_path) == lines(workdir)
+
+
+def test_a_dispatch_traces_its_step_once():
+  """Most of the time before a first step, where the model is large."""
+  experiment, traced = toy.experiment(), []
+  step = experiment.make_step(None)
+
+  def watched(state, batch):
+    traced.append(state)
+    return step(state, batch)
+
+  state = jax.eval_shape(experiment.init, np.int32(0))
+  rows = [experiment.tasks[0].batch('train', i, 8) for i in range(2)]
+  batches = jax.tree.map(lambda *x: np.stack(x), *rows)
+  jax.eval_shape(
+    make_dispatch(watched), state, batches, np.int32(0), np.int32(2)
+  )
+  assert len(traced) == 1
 
 
 def test_interrupted_twice_is_uninterrupted_to_the_bit(whole, tmp_path):

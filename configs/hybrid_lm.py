@@ -40,8 +40,9 @@ the heads of one half forget all, 6 of 6
 sizes and kinds pass too, one seed each: heads of 32 (`rwkv6` and `mamba2` here,
 300 steps; the matrix's `small`, three seeds), heads of 64 (`rwkv6`, `mamba2`
 and `hy`, width 128, 300 steps), states of 64 x 32 for Mamba-2 (the matrix's
-`small,mamba2`, and six layers of it of width 256)
-(`benchmarks/results/hybrid_gates.json`). `m125` was not tried;
+`small,mamba2`, and six layers of it of width 256); of that `hy` the same twelve
+broken copies fail as they should (`benchmarks/results/hybrid_gates.json`).
+`m125` was not tried;
 `evaluators.after.state_gates.bounds` takes your own bounds. Half-lives of the
 hybrids with heads of 16 are 4 to 85 tokens, of single heads .5 to 250. A state
 swapped for that of another text changes the loss of the next 64 characters by

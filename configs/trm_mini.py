@@ -38,11 +38,18 @@ puzzles by steps of the recursion:
 .992 in 8 test steps). `symmetric` is a cell without weights of its own for any
 digit or cell; a step of it takes half a second to a second of a CPU core.
 
-Leaving early: 1,000 test puzzles of 6 x 6, 250 at a time, `six,symmetric`, seed
-1. All 16 steps solve .994 in 84 s of a CPU core; rows that leave where the head
-is sure to .95, which validation puzzles chose, solve .994 too, after 2.3 steps
-on average and in 23 s, 27 % of the time (finished rows are taken out every four
-steps).
+Leaving early: 1,000 test puzzles of 6 x 6, 250 at a time, `six,symmetric`, all
+16 steps against leaving where the head is as sure as validation puzzles chose
+(finished rows are taken out every four steps; one CPU core; seeds 0 and 2:
+`benchmarks/results/trm_early_exit_6x6.json`):
+
+  seed   16 steps        leaving         sure to   steps   time
+  0      .999 in 61 s    .997 in 16 s    .90       1.8     26 %
+  1      .994 in 84 s    .994 in 23 s    .95       2.3     27 %
+  2      .998 in 56 s    .997 in 15 s    .90       2.1     26 %
+
+Sure to .95, seeds 0 and 2 solve .999 and .998, as many as in 16 steps, in 1.9
+and 2.1.
 
   python train.py --config=configs/trm_mini.py:six,symmetric,exit \\
       --config.seed=1 --workdir=runs/exit

@@ -88,10 +88,12 @@ SETTINGS: dict[str, list[dict]] = {
   'attention': [
     dict(zip(attention.Tiles._fields, values, strict=True))
     for values in (
-      (128, 4, 64, 8),
-      (64, 4, 64, 4),
-      (64, 8, 32, 4),
-      (32, 4, 32, 8),
+      (128, 8, True, 128, 8),
+      (64, 4, False, 128, 4),
+      (64, 4, True, 64, 4),
+      (32, 4, False, 64, 8),
+      (32, 4, True, 32, 8),
+      (32, 8, True, 128, 8),
     )
   ],
   'constraint': [

@@ -27,10 +27,13 @@ class Tiles(NamedTuple):
   rows: tokens whose queries are taken at a time, a power of two, at least 16:
   with fewer a program holds fewer scores, so that more of them share a
   multiprocessor. warps: of a program. `back_*`: the same of the backward pass.
+  apart: queries and keys are turned before the forward kernel, by XLA, which
+  leaves a program more registers.
   """
 
   rows: int = 128
   warps: int = 8
+  apart: bool = False
   back_rows: int = 128
   back_warps: int = 8
 
@@ -195,18 +198,20 @@ def _shares(q, k, total):
   return e, 1 / e.sum(1)
 
 
-def _forward_kernel(qkv_ref, *refs, heads, half, rows):
+def _forward_kernel(qk_ref, qkv_ref, *refs, heads, half, rows):
   *turn_refs, seen_ref = refs
   total = qkv_ref.shape[0]
   everyone = _everyone(total)
-  first = [_head(which, heads, half) for which in range(3)]
+  # Queries and keys lie among the values, or apart from them.
+  parts = 3 if qk_ref.shape == qkv_ref.shape else 2
+  q_first, k_first = (_head(which, heads, half, parts) for which in (0, 1))
   seen_first = _head(0, heads, half, 1)
-  k = everyone.pair(qkv_ref, first[1], half)
+  k = everyone.pair(qk_ref, k_first, half)
   k = _turned(k, everyone.angles(turn_refs), 1)
-  v = everyone.load(qkv_ref, first[2], 2 * half)
+  v = everyone.load(qkv_ref, _head(2, heads, half), 2 * half)
 
   def body(some, carry):
-    q = some.pair(qkv_ref, first[0], half)
+    q = some.pair(qk_ref, q_first, half)
     q = _turned(q, some.angles(turn_refs), 1)
     e, norm = _shares(q, k, total)
     seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
@@ -214,6 +219,14 @@ def _forward_kernel(qkv_ref, *refs, heads, half, rows):
     return carry
 
   _over(total, rows, body, 0)
+
+
+def _turned_apart(qkv_TN, turn, heads, half):
+  """Queries and keys, turned, in an array of their own."""
+  x = qkv_TN.reshape(qkv_TN.shape[0], -1, 3, heads, 2, half)[:, :, :2]
+  turn = [angle_TK[:, None, None, None] for angle_TK in turn]
+  turned = _turned((x[..., 0, :], x[..., 1, :]), turn, 1)
+  return jnp.stack(turned, axis=-2).reshape(qkv_TN.shape[0], -1)
 
 
 def _sizes(qkv_TN, plan, rows):
@@ -224,8 +237,13 @@ def _sizes(qkv_TN, plan, rows):
 @functools.partial(jax.jit, static_argnames='plan')
 def _forward(qkv_TN, turn, plan):
   tokens, columns = qkv_TN.shape
+  sizes = _sizes(qkv_TN, plan, plan.tiles.rows)
+  qk_TN = qkv_TN
+  if turn and plan.tiles.apart:
+    qk_TN = _turned_apart(qkv_TN, turn, plan.heads, sizes['half'])
+    turn = None
   return pl.pallas_call(
-    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan, plan.tiles.rows)),
+    functools.partial(_forward_kernel, **sizes),
     out_shape=jax.ShapeDtypeStruct((tokens, columns // 3), qkv_TN.dtype),
     grid=(plan.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(
@@ -233,7 +251,7 @@ def _forward(qkv_TN, turn, plan):
     ),
     interpret=plan.interpret,
     name='attention_forward',
-  )(qkv_TN, *(turn or ()))
+  )(qk_TN, qkv_TN, *(turn or ()))
 
 
 def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, rows):

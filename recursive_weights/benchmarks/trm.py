@@ -69,6 +69,10 @@ SETTINGS: dict[str, list[dict]] = {
       (128, 32, 8, 3, True, 128, 64, 8, 3, False),
       (64, 16, 4, 3, False, 64, 16, 4, 3, False),
       (64, 32, 4, 2, False, 64, 64, 4, 2, False),
+      # More warps a multiprocessor, by their registers and shared memory.
+      (64, 32, 8, 3, True, 64, 16, 8, 2, True),
+      (64, 16, 4, 3, True, 64, 32, 8, 2, True),
+      (32, 32, 4, 3, True, 32, 32, 4, 2, True),
     )
   ],
   'channel': [

@@ -71,7 +71,7 @@ SETTINGS: dict[str, list[dict]] = {
       (64, 32, 4, 2, False, 64, 64, 4, 2, False),
       # More warps a multiprocessor, by their registers and shared memory.
       (64, 32, 8, 3, True, 64, 16, 8, 2, True),
-      (64, 16, 4, 3, True, 64, 32, 8, 2, True),
+      (64, 16, 4, 3, True, 64, 32, 16, 2, True),
       (32, 32, 4, 3, True, 32, 32, 4, 2, True),
     )
   ],
@@ -92,7 +92,7 @@ SETTINGS: dict[str, list[dict]] = {
   'attention': [
     dict(zip(attention.Tiles._fields, values, strict=True))
     for values in (
-      (128, 8, True, 128, 8),
+      (128, 16, True, 128, 8),
       (64, 4, False, 128, 4),
       (64, 4, True, 64, 4),
       (32, 4, False, 64, 8),

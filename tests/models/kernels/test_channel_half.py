@@ -31,9 +31,11 @@ def setup(tokens, batch, width, hidden, dtype):
 
 
 @pytest.mark.parametrize('down', [False, True])
-@pytest.mark.parametrize('tokens, batch', [(81, 1), (16, 4), (5, 3)])
-def test_fused_is_plain_in_float32(tokens, batch, down):
-  case = setup(tokens, batch, 32, 96, jnp.float32)
+@pytest.mark.parametrize(
+  'tokens, batch, width', [(81, 1, 32), (16, 4, 32), (5, 3, 48)]
+)
+def test_fused_is_plain_in_float32(tokens, batch, width, down):
+  case = setup(tokens, batch, width, 96, jnp.float32)
   tiles = TILES._replace(down=down)
   fused = functools.partial(channel_half.apply, tiles=tiles, interpret=True)
   kernel_laws.check_is_plain(fused, trm_block.channel_half, case)

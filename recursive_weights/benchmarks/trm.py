@@ -69,36 +69,22 @@ SETTINGS: dict[str, list[dict]] = {
       (128, 32, 8, 3, True, 128, 64, 8, 3, False),
       (64, 16, 4, 3, False, 64, 16, 4, 3, False),
       (64, 32, 4, 2, False, 64, 64, 4, 2, False),
-      # More warps a multiprocessor, by their registers and shared memory.
-      (64, 32, 8, 3, True, 64, 16, 8, 2, True),
-      (64, 16, 4, 3, True, 64, 32, 16, 2, True),
-      (32, 32, 4, 3, True, 32, 32, 4, 2, True),
     )
   ],
   'channel': [
     {'wide': None},
     {'down': False},
-    {'down': False, 'norm_rows': 4, 'norm_warps': 4},
-    {'down': False, 'norm_rows': 32, 'norm_warps': 8},
-    {'wide': {'split': True, 'backward': _SPLIT}},
-    {'wide': {'split': True, 'backward': _SPLIT | {'ahead': False}}},
-    {'wide': {'split': True, 'backward': _SPLIT | {'stages': 3}}},
-    {'wide': {'gated': {'stages': 4, 'ahead': False}}},
+    {'down': True},
+    {'wide': {'keep': False}},
     {'wide': {'keep': True}},
-    {'wide': {'keep': True, 'kept': {'stages': 3}}},
-    {'wide': {'keep': True, 'kept': {'columns': 64}}},
-    {'down_width': 32, 'down_stages': 4},
+    {'down': False, 'norm_rows': 32, 'norm_warps': 8},
+    {'wide': {'keep': False, 'split': True, 'backward': _SPLIT}},
+    {'wide': {'gated': {'stages': 4, 'ahead': False}}},
+    {'down': True, 'down_width': 32, 'down_stages': 4},
   ],
   'attention': [
-    dict(zip(attention.Tiles._fields, values, strict=True))
-    for values in (
-      (128, 16, True, 128, 8),
-      (64, 4, False, 128, 4),
-      (64, 4, True, 64, 4),
-      (32, 4, False, 64, 8),
-      (32, 4, True, 32, 8),
-      (32, 8, True, 128, 8),
-    )
+    {'warps': 16, 'back_warps': 4},
+    {'warps': 4, 'back_warps': 16},
   ],
   'constraint': [
     {'warps': 8, 'back_warps': 8},

@@ -1,15 +1,14 @@
 """Attention over few tokens as one kernel (Pallas, Triton).
 
-A program holds keys and values of one head of one example and goes through its
-queries, some tokens at a time. It reads all three where the projection wrote
-them, tokens first, turns them, and writes what was seen where the output
-projection reads it: no transposes, and no scores in memory. The backward pass
-makes the scores again.
+A program holds queries, keys and values of one head of one example. It reads
+them where the projection wrote them, tokens first, turns them, and writes what
+was seen where the output projection reads it: no transposes, and no scores in
+memory. The backward pass makes the scores again.
 """
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +21,9 @@ from recursive_weights.models.kernels import channel_half, tiling
 
 
 class Tiles(NamedTuple):
-  """How the work is cut.
+  """Warps of a program, forward and backward."""
 
-  rows: tokens whose queries are taken at a time, a power of two, at least 16:
-  with fewer a program holds fewer scores, so that more of them share a
-  multiprocessor. warps: of a program. `back_*`: the same of the backward pass.
-  apart: queries and keys are turned before the forward kernel, by XLA, which
-  leaves a program more registers.
-  """
-
-  rows: int = 128
   warps: int = 8
-  apart: bool = False
-  back_rows: int = 128
   back_warps: int = 8
 
 
@@ -126,47 +115,31 @@ def _head(which, heads, half, parts=3):
   return ((example * parts + which) * heads + head) * 2 * half
 
 
-class _Tokens(NamedTuple):
-  """`size` rows from `first` on, of `total`; zero past the last."""
-
-  first: Any
-  size: int
-  total: int
-
-  def load(self, ref, column, width):
-    columns = pl.ds(column, width)
-    return tiling.load_rows(ref, self.first, self.size, self.total, columns)
-
-  def pair(self, ref, column, half):
-    """The halves of a head, which are turned together."""
-    return self.load(ref, column, half), self.load(ref, column + half, half)
-
-  def angles(self, turn_refs):
-    return [self.load(ref, 0, ref.shape[1]) for ref in turn_refs]
-
-  def store(self, ref, column, value):
-    columns = pl.ds(column, value.shape[1])
-    tiling.store_rows(ref, value, self.first, self.total, columns)
-
-
-def _everyone(total):
-  """All tokens, as one power of two."""
-  size = max(16, pl.next_power_of_2(total))
+def _load(ref, column, width):
+  """Some columns of all tokens, as one power of two; zero past the last."""
+  total = ref.shape[0]
   # A start that is known only when run may reach past the end.
-  return _Tokens(0 * pl.program_id(0), size, total)
+  first, size = 0 * pl.program_id(0), _padded(total)
+  return tiling.load_rows(ref, first, size, total, pl.ds(column, width))
 
 
-def _over(total, rows, body, carry):
-  """`body(tokens, carry) -> carry` for `rows` tokens after the other."""
-  everyone = _everyone(total)
-  if rows >= everyone.size:
-    return body(everyone, carry)
-  return jax.lax.fori_loop(
-    0,
-    pl.cdiv(total, rows),
-    lambda index, carry: body(_Tokens(index * rows, rows, total), carry),
-    carry,
-  )
+def _store(ref, column, value):
+  """The reverse of `_load`."""
+  columns = pl.ds(column, value.shape[1])
+  tiling.store_rows(ref, value, 0 * pl.program_id(0), ref.shape[0], columns)
+
+
+def _padded(total):
+  return max(16, pl.next_power_of_2(total))
+
+
+def _pair(ref, column, half):
+  """The halves of a head, which are turned together."""
+  return _load(ref, column, half), _load(ref, column + half, half)
+
+
+def _angles(turn_refs):
+  return [_load(ref, 0, ref.shape[1]) for ref in turn_refs]
 
 
 def _turned(halves, turn, sign):
@@ -198,52 +171,28 @@ def _shares(q, k, total):
   return e, 1 / e.sum(1)
 
 
-def _forward_kernel(qk_ref, qkv_ref, *refs, heads, half, rows):
+def _forward_kernel(qkv_ref, *refs, heads, half):
   *turn_refs, seen_ref = refs
-  total = qkv_ref.shape[0]
-  everyone = _everyone(total)
-  # Queries and keys lie among the values, or apart from them.
-  parts = 3 if qk_ref.shape == qkv_ref.shape else 2
-  q_first, k_first = (_head(which, heads, half, parts) for which in (0, 1))
-  seen_first = _head(0, heads, half, 1)
-  k = everyone.pair(qk_ref, k_first, half)
-  k = _turned(k, everyone.angles(turn_refs), 1)
-  v = everyone.load(qkv_ref, _head(2, heads, half), 2 * half)
-
-  def body(some, carry):
-    q = some.pair(qk_ref, q_first, half)
-    q = _turned(q, some.angles(turn_refs), 1)
-    e, norm = _shares(q, k, total)
-    seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
-    some.store(seen_ref, seen_first, seen)
-    return carry
-
-  _over(total, rows, body, 0)
+  q_first, k_first, v_first = (_head(i, heads, half) for i in range(3))
+  angles = _angles(turn_refs)
+  k = _turned(_pair(qkv_ref, k_first, half), angles, 1)
+  v = _load(qkv_ref, v_first, 2 * half)
+  q = _turned(_pair(qkv_ref, q_first, half), angles, 1)
+  e, norm = _shares(q, k, qkv_ref.shape[0])
+  seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
+  _store(seen_ref, _head(0, heads, half, 1), seen)
 
 
-def _turned_apart(qkv_TN, turn, heads, half):
-  """Queries and keys, turned, in an array of their own."""
-  x = qkv_TN.reshape(qkv_TN.shape[0], -1, 3, heads, 2, half)[:, :, :2]
-  turn = [angle_TK[:, None, None, None] for angle_TK in turn]
-  turned = _turned((x[..., 0, :], x[..., 1, :]), turn, 1)
-  return jnp.stack(turned, axis=-2).reshape(qkv_TN.shape[0], -1)
-
-
-def _sizes(qkv_TN, plan, rows):
+def _sizes(qkv_TN, plan):
   half = qkv_TN.shape[1] // (plan.batch * 3 * plan.heads * 2)
-  return {'heads': plan.heads, 'half': half, 'rows': rows}
+  return {'heads': plan.heads, 'half': half}
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _forward(qkv_TN, turn, plan):
   tokens, columns = qkv_TN.shape
-  sizes = _sizes(qkv_TN, plan, plan.tiles.rows)
-  qk_TN = qkv_TN
-  if turn and plan.tiles.apart:
-    qk_TN = _turned_apart(qkv_TN, turn, plan.heads, sizes['half'])
-    turn = None
   return pl.pallas_call(
-    functools.partial(_forward_kernel, **sizes),
+    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan)),
     out_shape=jax.ShapeDtypeStruct((tokens, columns // 3), qkv_TN.dtype),
     grid=(plan.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(
@@ -251,49 +200,37 @@ def _forward(qkv_TN, turn, plan):
     ),
     interpret=plan.interpret,
     name='attention_forward',
-  )(qk_TN, qkv_TN, *(turn or ()))
+  )(qkv_TN, *(turn or ()))
 
 
-def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, rows):
+def _backward_kernel(qkv_ref, g_ref, *refs, heads, half):
   *turn_refs, dqkv_ref = refs
-  dtype, total = qkv_ref.dtype, qkv_ref.shape[0]
-  everyone = _everyone(total)
+  dtype = qkv_ref.dtype
   first = [_head(which, heads, half) for which in range(3)]
-  seen_first = _head(0, heads, half, 1)
-  angles = everyone.angles(turn_refs)
-  k = _turned(everyone.pair(qkv_ref, first[1], half), angles, 1)
-  v = everyone.load(qkv_ref, first[2], 2 * half)
+  angles = _angles(turn_refs)
+  k = _turned(_pair(qkv_ref, first[1], half), angles, 1)
+  v = _load(qkv_ref, first[2], 2 * half)
+  q = _turned(_pair(qkv_ref, first[0], half), angles, 1)
+  g = _load(g_ref, _head(0, heads, half, 1), 2 * half)
+  e, norm = _shares(q, k, qkv_ref.shape[0])
+  share = e * norm[:, None]
+  dshare = tiling.dot(g, v.T)
+  dscore = share * (dshare - (share * dshare).sum(1)[:, None])
+  dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
 
-  def store(tokens, which, pair, angles):
+  def store(which, pair):
     for part, value in enumerate(_turned(pair, angles, -1)):
-      tokens.store(dqkv_ref, first[which] + part * half, value)
+      _store(dqkv_ref, first[which] + part * half, value)
 
-  def body(some, sums):
-    *dk, dv = sums
-    angles = some.angles(turn_refs)
-    q = _turned(some.pair(qkv_ref, first[0], half), angles, 1)
-    g = some.load(g_ref, seen_first, 2 * half)
-    e, norm = _shares(q, k, total)
-    share = e * norm[:, None]
-    dshare = tiling.dot(g, v.T)
-    dscore = share * (dshare - (share * dshare).sum(1)[:, None])
-    dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
-    store(some, 0, tuple(tiling.dot(dscore, x) for x in k), angles)
-    dk = [d + tiling.dot(dscore.T, x) for d, x in zip(dk, q, strict=True)]
-    return *dk, dv + tiling.dot(share.astype(dtype).T, g)
-
-  zeros = [jnp.zeros(x.shape, jnp.float32) for x in (*k, v)]
-  *dk, dv = _over(total, rows, body, tuple(zeros))
-  store(everyone, 1, tuple(dk), angles)
-  everyone.store(dqkv_ref, first[2], dv)
+  store(0, tuple(tiling.dot(dscore, x) for x in k))
+  store(1, tuple(tiling.dot(dscore.T, x) for x in q))
+  _store(dqkv_ref, first[2], tiling.dot(share.astype(dtype).T, g))
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _backward(qkv_TN, turn, g_TN, plan):
   return pl.pallas_call(
-    functools.partial(
-      _backward_kernel, **_sizes(qkv_TN, plan, plan.tiles.back_rows)
-    ),
+    functools.partial(_backward_kernel, **_sizes(qkv_TN, plan)),
     out_shape=jax.ShapeDtypeStruct(qkv_TN.shape, qkv_TN.dtype),
     grid=(plan.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(

@@ -1,9 +1,9 @@
 """The channel half of a block with its gated unit inside the product's kernel.
 
-Gate and up need not be written: one kernel makes both products of a tile and
-their gated unit, so what passes through memory is x and the hidden units. A
-second kernel holds whole rows: of the down projection, residual and norm
-(`down=True`), or of the last two, after a product by XLA.
+One kernel makes both products of a tile and their gated unit, so that gate and
+up pass through memory only where the backward pass is to read them. A second
+kernel holds whole rows: of the down projection, residual and norm
+(`Tiles.down`), or of the last two, after a product by XLA.
 """
 
 import functools
@@ -20,6 +20,12 @@ from recursive_weights.models.kernels import tiling, wide_product
 
 EPS = 1e-5
 
+# From this width on a product costs more than its result's way through memory
+# (on an H200 reading 8 bytes against 4 D operations, at some 4 TB/s and 600
+# TFLOP/s: D > 300), so gate and up are kept rather than made again, and whole
+# rows of the down projection are more than a program's registers hold.
+WIDE = 384
+
 
 class Tiles(NamedTuple):
   """How the work is cut; powers of two, at least 16.
@@ -27,10 +33,10 @@ class Tiles(NamedTuple):
   rows, hidden, width: of a product's tile and of a step of its contraction.
   warps, stages: of a program, and of its loads in flight. `back_*`: the same
   of the backward pass; `down_*`: of the down projection, whose tile has all
-  columns. down: whether that is a kernel too; else `norm_*` are of the residual
-  and the norm alone. wide: the plan of the kernels for
-  Hopper GPUs, which take the place of these in 16-bit types where sizes are
-  whole tiles of theirs; None for never.
+  columns. down: whether that is a kernel too, else `norm_*` are of the residual
+  and the norm alone; None: where the width is less than `WIDE`. wide: the plan
+  of the kernels for Hopper GPUs, which take the place of these in 16-bit types
+  where sizes are whole tiles of theirs; None for never.
   """
 
   rows: int = 128
@@ -43,7 +49,7 @@ class Tiles(NamedTuple):
   back_width: int = 64
   back_warps: int = 8
   back_stages: int = 3
-  down: bool = True
+  down: bool | None = None
   down_rows: int = 64
   down_width: int = 64
   down_warps: int = 8
@@ -68,8 +74,8 @@ def apply(
   """`rms_D(x + (silu(x gate) * (x up)) down)`, all over the width.
 
   The same as `layers.trm_block.channel_half`: products in the dtype of x, sums
-  and the norm in float32. The backward pass computes gate and up again, unless
-  `tiles.wide.keep`.
+  and the norm in float32. The backward pass computes gate and up again, or on
+  Hopper GPUs reads them (`tiles.wide.keep`; None: from width `WIDE` on).
 
   Args:
     params: `gate [D, F]`, `up [D, F]`, `down [F, D]`.
@@ -90,6 +96,9 @@ def apply(
     interpret = jax.default_backend() != 'gpu'
   wide = tiles.wide
   if wide is not None:
+    keep = width >= WIDE if wide.keep is None else wide.keep
+    wide = wide._replace(keep=keep)
+    tiles = tiles._replace(wide=wide)
     runs = wide.interpret or (not interpret and wide_product.available())
     whole = wide_product.fits(x_TBD.size // width, width, hidden, wide)
     if not (runs and whole and x_TBD.dtype.itemsize == 2):
@@ -161,12 +170,13 @@ def _norm_backward(y_ND, scale_N, g_ND):
 def _fit(tiles, width, hidden):
   """Tiles that divide the sizes."""
   tiles, divisor = tiles or Tiles(), tiling.divisor
+  down = width < WIDE if tiles.down is None else tiles.down
   return tiles._replace(
     hidden=divisor(hidden, tiles.hidden),
     width=divisor(width, tiles.width),
     back_hidden=divisor(hidden, tiles.back_hidden),
     back_width=divisor(width, tiles.back_width),
-    down=tiles.down and width == divisor(width, width),
+    down=down and width == divisor(width, width),
     down_width=divisor(hidden, tiles.down_width),
   )
 

@@ -41,16 +41,16 @@ class Plan(NamedTuple):
   """Tiles of the kernels.
 
   keep: gate and up are kept for the backward pass, which then has one product
-  (`kept`) for three (`backward`). split: the backward one contracts x and the
-  gradient one after the other, so that more steps are in flight. blocks: of a
-  launch; 0 for as many as the device has multiprocessors. interpret: for
-  `plgpu.kernel`.
+  (`kept`) for three (`backward`); None: as the caller finds best. split: the
+  backward one contracts x and the gradient one after the other, so that more
+  steps are in flight. blocks: of a launch; 0 for as many as the device has
+  multiprocessors. interpret: for `plgpu.kernel`.
   """
 
   gated: Tiles = Tiles(stages=4, ahead=True)
   backward: Tiles = Tiles(columns=64)
   kept: Tiles = Tiles(stages=4, ahead=True)
-  keep: bool = False
+  keep: bool | None = None
   split: bool = False
   blocks: int = 0
   interpret: Any = False

@@ -11,35 +11,24 @@ from recursive_weights.models.kernels import attention
 from recursive_weights.models.layers import trm_block
 
 
-def setup(tokens, batch, width, heads, turns, dtype, rows=128, apart=False):
+def setup(tokens, batch, width, heads, turns, dtype):
   keys = jax.random.split(jax.random.key(0), 3)
   params = trm_block.attention_init(keys[0], width)
   x_TBD = jax.random.normal(keys[1], (tokens, batch, width)).astype(dtype)
   g_TBD = jax.random.normal(keys[2], (tokens, batch, width)).astype(dtype)
   turn = trm_block.rotation(tokens, width // heads) if turns else None
   options = {'heads': heads, 'turn': turn}
-  tiles = attention.Tiles(rows=rows, back_rows=rows, apart=apart)
-  fused = functools.partial(
-    attention.apply, tiles=tiles, interpret=True, **options
-  )
+  fused = functools.partial(attention.apply, interpret=True, **options)
   plain = functools.partial(trm_block.attention_half, **options)
   return fused, plain, (params, x_TBD, g_TBD)
 
 
 @pytest.mark.parametrize(
-  'tokens, batch, turns, rows, apart',
-  [
-    (97, 2, True, 128, False),
-    (97, 1, True, 32, True),
-    (81, 2, False, 64, True),
-    (17, 3, False, 128, False),
-    (16, 1, True, 16, False),
-  ],
+  'tokens, batch, turns',
+  [(97, 2, True), (81, 2, False), (17, 3, False), (16, 1, True)],
 )
-def test_fused_is_plain_in_float32(tokens, batch, turns, rows, apart):
-  fused, plain, case = setup(
-    tokens, batch, 64, 2, turns, jnp.float32, rows, apart
-  )
+def test_fused_is_plain_in_float32(tokens, batch, turns):
+  fused, plain, case = setup(tokens, batch, 64, 2, turns, jnp.float32)
   kernel_laws.check_is_plain(fused, plain, case)
 
 

@@ -22,14 +22,17 @@ import tempfile
 
 
 def known(flag):
-  """Whether XLA has a flag; one that it has not would end the process."""
+  """Whether XLA has a flag; one that it has not would end the process.
+
+  Names stand alone between zeros; those of fields that are kept free do not.
+  """
   folder = pathlib.Path(importlib.util.find_spec('jaxlib').origin).parent
   for path in folder.glob('libjax_common*'):
     with (
       path.open('rb') as file,
       mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-      return content.find(flag.encode()) >= 0
+      return content.find(b'\0' + flag.encode() + b'\0') >= 0
   return False
 
 

@@ -80,6 +80,8 @@ SETTINGS: dict[str, list[dict]] = {
     {'down': False, 'norm_rows': 32, 'norm_warps': 8},
     {'wide': {'keep': False, 'split': True, 'backward': _SPLIT}},
     {'wide': {'gated': {'stages': 4, 'ahead': False}}},
+    {'wide': {'cluster': 2}},
+    {'wide': {'cluster': 2, 'keep': False}},
     {'down': True, 'down_width': 32, 'down_stages': 4},
   ],
   'attention': [

@@ -9,29 +9,37 @@ from recursive_weights.models.layers import trm_block
 
 params = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
 
-# Blocks that share no whole number of tiles: three tiles for two blocks.
+# Blocks that share no whole number of tiles: three tiles for two blocks, or for
+# two clusters of two blocks each.
 ROWS, WIDTH, HIDDEN = 128, 128, 192
+# The simulator knows barriers of clusters from jax 0.11 on.
+NEW = jax.__version_info__ >= (0, 11)
+CLUSTERS = pytest.mark.parametrize(
+  'cluster',
+  [1, pytest.param(2, marks=pytest.mark.skipif(not NEW, reason='jax < 0.11'))],
+)
 
 
-def plan(**changes):
+def plan(cluster, **changes):
   small = wide_product.Tiles(columns=64, stages=2)
   return wide_product.Plan(
     gated=small,
     backward=small,
     kept=small,
-    blocks=2,
+    cluster=cluster,
+    blocks=2 * cluster,
     interpret=params.InterpretGPUParams(),
   )._replace(**changes)
 
 
-def arrays():
+def arrays(cluster):
   keys = jax.random.split(jax.random.key(0), 3)
   weights = trm_block.swiglu_init(keys[0], WIDTH, HIDDEN)
   weights = tuple(
     weights[name].astype(jnp.bfloat16) for name in ('gate', 'up', 'down')
   )
   x_ND, dr_ND = (
-    jax.random.normal(key, (ROWS, WIDTH)).astype(jnp.bfloat16)
+    jax.random.normal(key, (ROWS * cluster, WIDTH)).astype(jnp.bfloat16)
     for key in keys[1:]
   )
   return weights, x_ND, dr_ND
@@ -48,21 +56,24 @@ def distance(a, b):
 
 
 @pytest.mark.long
+@CLUSTERS
 @pytest.mark.parametrize('ahead', [False, True])
-def test_gated_unit_of_two_products(ahead):
-  weights, x_ND, dr_ND = arrays()
+def test_gated_unit_of_two_products(ahead, cluster):
+  weights, x_ND, dr_ND = arrays(cluster)
   tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
-  (found,) = wide_product.gated(*weights[:2], x_ND, plan(gated=tiles))
+  tiled = plan(cluster, gated=tiles)
+  (found,) = wide_product.gated(*weights[:2], x_ND, tiled)
   assert distance(found, exact(weights, x_ND, dr_ND)[2]) < 3e-3
 
 
 @pytest.mark.long
+@CLUSTERS
 @pytest.mark.parametrize('split', [False, True])
-def test_gradients_of_the_gated_unit(split):
-  weights, x_ND, dr_ND = arrays()
+def test_gradients_of_the_gated_unit(split, cluster):
+  weights, x_ND, dr_ND = arrays(cluster)
   tiles = wide_product.Tiles(columns=64, stages=2, ahead=split)
   both, hidden = wide_product.gated_backward(
-    *weights, x_ND, dr_ND, plan(backward=tiles, split=split)
+    *weights, x_ND, dr_ND, plan(cluster, backward=tiles, split=split)
   )
   dgate, dup, h = exact(weights, x_ND, dr_ND)
   assert distance(both, jnp.concatenate([dgate, dup], 1)) < 3e-3
@@ -70,12 +81,13 @@ def test_gradients_of_the_gated_unit(split):
 
 
 @pytest.mark.long
+@CLUSTERS
 @pytest.mark.parametrize('ahead, width', [(False, 64), (True, 32)])
-def test_gradients_from_products_that_were_kept(ahead, width):
-  weights, x_ND, dr_ND = arrays()
+def test_gradients_from_products_that_were_kept(ahead, width, cluster):
+  weights, x_ND, dr_ND = arrays(cluster)
   gate, up, down = weights
   tiles = wide_product.Tiles(columns=64, width=width, stages=2, ahead=ahead)
-  keeps = plan(kept=tiles, keep=True)
+  keeps = plan(cluster, kept=tiles, keep=True)
   (alone,) = wide_product.gated(gate, up, x_ND, keeps)
   hidden, both = wide_product.gated(gate, up, x_ND, keeps, keep=True)
   assert (alone == hidden).all()

@@ -85,6 +85,9 @@ SETTINGS: dict[str, list[dict]] = {
     {'down': True, 'down_width': 32, 'down_stages': 4},
   ],
   'attention': [
+    {'heads': 8, 'back_heads': 8},
+    {'heads': 4, 'back_heads': 4},
+    {'heads': 8, 'stages': 3, 'back_heads': 2},
     {'warps': 16, 'back_warps': 4},
     {'warps': 4, 'back_warps': 16},
   ],

@@ -1,14 +1,14 @@
 """Attention over few tokens as one kernel (Pallas, Triton).
 
-A program holds queries, keys and values of one head of one example. It reads
-them where the projection wrote them, tokens first, turns them, and writes what
-was seen where the output projection reads it: no transposes, and no scores in
-memory. The backward pass makes the scores again.
+A program takes heads of one example, one after the other. It reads a head's
+queries, keys and values where the projection wrote them, tokens first, turns
+them, and writes what was seen where the output projection reads it: no
+transposes, and no scores in memory. The backward pass makes the scores again.
 """
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,19 @@ from recursive_weights.models.kernels import channel_half, tiling
 
 
 class Tiles(NamedTuple):
-  """Warps of a program, forward and backward."""
+  """How the work is cut.
 
+  heads: that a program takes, a divisor of all; the next one is then on its way
+  while one is worked on. warps: of a program. stages: heads on their way and at
+  work. `back_*`: the same of the backward pass.
+  """
+
+  heads: int = 1
   warps: int = 8
+  stages: int = 2
+  back_heads: int = 1
   back_warps: int = 8
+  back_stages: int = 2
 
 
 def fits(tokens: int, width: int, heads: int) -> bool:
@@ -57,7 +66,7 @@ def apply(
     interpret: run without a GPU, slowly; None: where there is none.
 
   Raises:
-    ValueError: sizes that `fits` refuses.
+    ValueError: sizes that `fits` refuses, or tiles that do not divide them.
   """
   tokens, batch, width = x_TBD.shape
   if not fits(tokens, width, heads):
@@ -67,7 +76,11 @@ def apply(
     )
   if interpret is None:
     interpret = jax.default_backend() != 'gpu'
-  plan = _Plan(batch, heads, tiles or Tiles(), interpret)
+  tiles = tiles or Tiles()
+  for each in (tiles.heads, tiles.back_heads):
+    if heads % each:
+      raise ValueError(f'{each} heads of a program must divide {heads} in all')
+  plan = _Plan(batch, heads, tiles, interpret)
   qkv_TBE = x_TBD @ params['qkv'].astype(x_TBD.dtype)
   half = width // heads // 2
   if turn is not None:
@@ -109,37 +122,66 @@ def _attend_backward(plan, saved, g_TN):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _head(which, heads, half, parts=3):
-  """First column of a head's queries, keys (1) or values (2)."""
-  head, example = pl.program_id(0), pl.program_id(1)
-  return ((example * parts + which) * heads + head) * 2 * half
+class _Head(NamedTuple):
+  """A head of an example, among `heads`; `half` of its entries."""
+
+  example: Any
+  head: Any
+  heads: int
+  half: int
+
+  def first(self, which, parts=3):
+    """First column of its queries, keys (1) or values (2)."""
+    row = (self.example * parts + which) * self.heads + self.head
+    return row * 2 * self.half
+
+  def load(self, ref, column, width):
+    """Some columns of all tokens, as one power of two; zero past the last."""
+    total = ref.shape[0]
+    columns = pl.ds(column, width)
+    return tiling.load_rows(ref, self._start, _padded(total), total, columns)
+
+  def store(self, ref, column, value):
+    """The reverse of `load`."""
+    columns = pl.ds(column, value.shape[1])
+    tiling.store_rows(ref, value, self._start, ref.shape[0], columns)
+
+  @property
+  def _start(self):
+    return (
+      0 * self.head
+    )  # known only when run, so that it may reach past the end
+
+  def pair(self, ref, which, turn):
+    """The halves of its queries or keys, turned together."""
+    column = self.first(which)
+    columns = column, column + self.half
+    halves = tuple(self.load(ref, column, self.half) for column in columns)
+    return _turned(halves, turn, 1)
+
+  def values(self, ref, which=2, parts=3):
+    return self.load(ref, self.first(which, parts), 2 * self.half)
+
+  def angles(self, refs):
+    return [self.load(ref, self._start, ref.shape[1]) for ref in refs]
 
 
-def _load(ref, column, width):
-  """Some columns of all tokens, as one power of two; zero past the last."""
-  total = ref.shape[0]
-  # A start that is known only when run may reach past the end.
-  first, size = 0 * pl.program_id(0), _padded(total)
-  return tiling.load_rows(ref, first, size, total, pl.ds(column, width))
+def _over_heads(body, heads, half, each):
+  """`body(head)` of all heads of a program."""
+  first, example = pl.program_id(0) * each, pl.program_id(1)
 
+  def run(index, carry):
+    body(_Head(example, first + index, heads, half))
+    return carry
 
-def _store(ref, column, value):
-  """The reverse of `_load`."""
-  columns = pl.ds(column, value.shape[1])
-  tiling.store_rows(ref, value, 0 * pl.program_id(0), ref.shape[0], columns)
+  if each == 1:
+    run(0, 0)
+  else:
+    jax.lax.fori_loop(0, each, run, 0)
 
 
 def _padded(total):
   return max(16, pl.next_power_of_2(total))
-
-
-def _pair(ref, column, half):
-  """The halves of a head, which are turned together."""
-  return _load(ref, column, half), _load(ref, column + half, half)
-
-
-def _angles(turn_refs):
-  return [_load(ref, 0, ref.shape[1]) for ref in turn_refs]
 
 
 def _turned(halves, turn, sign):
@@ -171,70 +213,80 @@ def _shares(q, k, total):
   return e, 1 / e.sum(1)
 
 
-def _forward_kernel(qkv_ref, *refs, heads, half):
+def _forward_kernel(qkv_ref, *refs, heads, half, each):
   *turn_refs, seen_ref = refs
-  q_first, k_first, v_first = (_head(i, heads, half) for i in range(3))
-  angles = _angles(turn_refs)
-  k = _turned(_pair(qkv_ref, k_first, half), angles, 1)
-  v = _load(qkv_ref, v_first, 2 * half)
-  q = _turned(_pair(qkv_ref, q_first, half), angles, 1)
-  e, norm = _shares(q, k, qkv_ref.shape[0])
-  seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
-  _store(seen_ref, _head(0, heads, half, 1), seen)
+
+  def body(head):
+    turn = head.angles(turn_refs)
+    k = head.pair(qkv_ref, 1, turn)
+    v = head.values(qkv_ref)
+    q = head.pair(qkv_ref, 0, turn)
+    e, norm = _shares(q, k, qkv_ref.shape[0])
+    seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
+    head.store(seen_ref, head.first(0, 1), seen)
+
+  _over_heads(body, heads, half, each)
 
 
-def _sizes(qkv_TN, plan):
+def _sizes(qkv_TN, plan, each):
   half = qkv_TN.shape[1] // (plan.batch * 3 * plan.heads * 2)
-  return {'heads': plan.heads, 'half': half}
+  return {'heads': plan.heads, 'half': half, 'each': each}
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _forward(qkv_TN, turn, plan):
-  tokens, columns = qkv_TN.shape
+  (tokens, columns), tiles = qkv_TN.shape, plan.tiles
   return pl.pallas_call(
-    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan)),
+    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan, tiles.heads)),
     out_shape=jax.ShapeDtypeStruct((tokens, columns // 3), qkv_TN.dtype),
-    grid=(plan.heads, plan.batch),
+    grid=(plan.heads // tiles.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(
-      num_warps=plan.tiles.warps, num_stages=2
+      num_warps=tiles.warps, num_stages=tiles.stages
     ),
     interpret=plan.interpret,
     name='attention_forward',
   )(qkv_TN, *(turn or ()))
 
 
-def _backward_kernel(qkv_ref, g_ref, *refs, heads, half):
+def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, each):
   *turn_refs, dqkv_ref = refs
   dtype = qkv_ref.dtype
-  first = [_head(which, heads, half) for which in range(3)]
-  angles = _angles(turn_refs)
-  k = _turned(_pair(qkv_ref, first[1], half), angles, 1)
-  v = _load(qkv_ref, first[2], 2 * half)
-  q = _turned(_pair(qkv_ref, first[0], half), angles, 1)
-  g = _load(g_ref, _head(0, heads, half, 1), 2 * half)
-  e, norm = _shares(q, k, qkv_ref.shape[0])
-  share = e * norm[:, None]
-  dshare = tiling.dot(g, v.T)
-  dscore = share * (dshare - (share * dshare).sum(1)[:, None])
-  dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
 
-  def store(which, pair):
-    for part, value in enumerate(_turned(pair, angles, -1)):
-      _store(dqkv_ref, first[which] + part * half, value)
+  def body(head):
+    turn = head.angles(turn_refs)
+    k = head.pair(qkv_ref, 1, turn)
+    v = head.values(qkv_ref)
+    q = head.pair(qkv_ref, 0, turn)
+    g = head.values(g_ref, 0, 1)
+    e, norm = _shares(q, k, qkv_ref.shape[0])
+    share = e * norm[:, None]
+    dshare = tiling.dot(g, v.T)
+    dscore = share * (dshare - (share * dshare).sum(1)[:, None])
+    dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
 
-  store(0, tuple(tiling.dot(dscore, x) for x in k))
-  store(1, tuple(tiling.dot(dscore.T, x) for x in q))
-  _store(dqkv_ref, first[2], tiling.dot(share.astype(dtype).T, g))
+    def store(which, pair):
+      for part, value in enumerate(_turned(pair, turn, -1)):
+        head.store(dqkv_ref, head.first(which) + part * half, value)
+
+    store(0, tuple(tiling.dot(dscore, x) for x in k))
+    store(1, tuple(tiling.dot(dscore.T, x) for x in q))
+    dv = tiling.dot(share.astype(dtype).T, g)
+    head.store(dqkv_ref, head.first(2), dv)
+
+  _over_heads(body, heads, half, each)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _backward(qkv_TN, turn, g_TN, plan):
+  tiles = plan.tiles
   return pl.pallas_call(
-    functools.partial(_backward_kernel, **_sizes(qkv_TN, plan)),
+    functools.partial(
+      _backward_kernel, **_sizes(qkv_TN, plan, tiles.back_heads)
+    ),
     out_shape=jax.ShapeDtypeStruct(qkv_TN.shape, qkv_TN.dtype),
-    grid=(plan.heads, plan.batch),
+    grid=(plan.heads // tiles.back_heads, plan.batch),
     compiler_params=plgpu.CompilerParams(
-      num_warps=plan.tiles.back_warps, num_stages=2
+      num_warps=tiles.back_warps, num_stages=tiles.back_stages
     ),
     interpret=plan.interpret,
     name='attention_backward',

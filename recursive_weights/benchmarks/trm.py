@@ -78,6 +78,8 @@ SETTINGS: dict[str, list[dict]] = {
     {'wide': {'keep': False}},
     {'wide': {'keep': True}},
     {'down': False, 'norm_rows': 32, 'norm_warps': 8},
+    {'norm_back': True},
+    {'norm_back': True, 'norm_rows': 4},
     {'wide': {'keep': False, 'split': True, 'backward': _SPLIT}},
     {'wide': {'gated': {'stages': 4, 'ahead': False}}},
     {'wide': {'cluster': 2}},

@@ -34,7 +34,8 @@ class Tiles(NamedTuple):
   warps, stages: of a program, and of its loads in flight. `back_*`: the same
   of the backward pass; `down_*`: of the down projection, whose tile has all
   columns. down: whether that is a kernel too, else `norm_*` are of the residual
-  and the norm alone; None: where the width is less than `WIDE`. wide: the plan
+  and the norm alone; None: where the width is less than `WIDE`. norm_back:
+  whether the norm's backward pass is a kernel, `norm_*` too. wide: the plan
   of the kernels for Hopper GPUs, which take the place of these in 16-bit types
   where sizes are whole tiles of theirs; None for never.
   """
@@ -56,6 +57,7 @@ class Tiles(NamedTuple):
   down_stages: int = 3
   norm_rows: int = 16
   norm_warps: int = 4
+  norm_back: bool = False
   wide: wide_product.Plan | None = wide_product.Plan()
 
 
@@ -142,7 +144,7 @@ def _project_forward(down_FD, hidden_NF, x_ND, tiles, interpret):
 
 def _project_backward(tiles, interpret, saved, g_ND):
   down_FD, hidden_NF, y_ND, scale_N = saved
-  dr_ND = _norm_backward(y_ND, scale_N, g_ND)
+  dr_ND = _norm_backward(y_ND, scale_N, g_ND, tiles, interpret)
   dhidden_NF = dr_ND @ down_FD.astype(dr_ND.dtype).T
   ddown_FD = tiling.over_rows(hidden_NF, dr_ND).astype(down_FD.dtype)
   return ddown_FD, dhidden_NF, dr_ND
@@ -159,8 +161,10 @@ def _projected(down_FD, hidden_NF, x_ND, tiles, interpret):
   return _norm(hidden_NF @ down_FD, x_ND, tiles, interpret)
 
 
-def _norm_backward(y_ND, scale_N, g_ND):
+def _norm_backward(y_ND, scale_N, g_ND, tiles, interpret):
   """`dr = s (g - y mean(g y))` of y = r s, s = (mean r^2 + eps)^(-1/2)."""
+  if tiles.norm_back:
+    return _norm_back(y_ND, scale_N, g_ND, tiles, interpret)
   dtype = y_ND.dtype
   g_ND, y_ND = g_ND.astype(jnp.float32), y_ND.astype(jnp.float32)
   mean_N1 = (g_ND * y_ND).mean(1, keepdims=True)
@@ -202,7 +206,7 @@ def _mix_forward(params, x_ND, tiles, interpret):
 def _mix_backward(tiles, interpret, saved, g_ND):
   params, x_ND, y_ND, scale_N, kept = saved
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
-  dr_ND = _norm_backward(y_ND, scale_N, g_ND)
+  dr_ND = _norm_backward(y_ND, scale_N, g_ND, tiles, interpret)
   weights = gate_DF, up_DF, down_FD
   if kept:
     dgate_up_N2F, hidden_NF = wide_product.kept_backward(
@@ -307,22 +311,66 @@ def _down(hidden_NF, down_FD, x_ND, tiles, interpret):
   )(hidden_NF, down_FD, x_ND)
 
 
+class _Rows(NamedTuple):
+  """Whole rows of a program: `first ...`, all columns as one power of two."""
+
+  first: Array
+  size: int
+  shape: tuple[int, int]
+
+  @property
+  def exist(self):
+    return self.first + jnp.arange(self.size) < self.shape[0]
+
+  def _at(self, ref):
+    columns = pl.next_power_of_2(self.shape[1])
+    at = pl.ds(self.first, self.size), pl.ds(0 * self.first, columns)
+    inside = jnp.arange(columns) < self.shape[1]
+    return ref.at[at], self.exist[:, None] & inside[None]
+
+  def load(self, ref):
+    """In float32; zero past the end and the last column."""
+    at, mask = self._at(ref)
+    return plgpu.load(at, mask=mask, other=0.0).astype(jnp.float32)
+
+  def store(self, ref, value):
+    at, mask = self._at(ref)
+    plgpu.store(at, value.astype(ref.dtype), mask=mask)
+
+
+def _rows_of(ref, tiles):
+  first = pl.program_id(0) * tiles.norm_rows
+  return _Rows(first, tiles.norm_rows, ref.shape)
+
+
 def _norm_kernel(product_ref, x_ref, y_ref, scale_ref, *, tiles):
-  total, width = x_ref.shape
-  first, size = pl.program_id(0) * tiles.norm_rows, tiles.norm_rows
-  # All columns as one power of two; zero past the last.
-  columns = pl.next_power_of_2(width)
-  at = pl.ds(first, size), pl.ds(0 * first, columns)
-  exists = first + jnp.arange(size) < total
-  mask = exists[:, None] & (jnp.arange(columns) < width)[None]
-  r = sum(
-    plgpu.load(ref.at[at], mask=mask, other=0.0).astype(jnp.float32)
-    for ref in (product_ref, x_ref)
-  )
-  scale = jax.lax.rsqrt((r * r).sum(1) / width + EPS)
-  value = (r * scale[:, None]).astype(y_ref.dtype)
-  plgpu.store(y_ref.at[at], value, mask=mask)
-  plgpu.store(scale_ref.at[at[0]], scale, mask=exists)
+  rows = _rows_of(x_ref, tiles)
+  r = rows.load(product_ref) + rows.load(x_ref)
+  scale = jax.lax.rsqrt((r * r).sum(1) / x_ref.shape[1] + EPS)
+  rows.store(y_ref, r * scale[:, None])
+  at = scale_ref.at[pl.ds(rows.first, rows.size)]
+  plgpu.store(at, scale, mask=rows.exist)
+
+
+def _norm_back_kernel(y_ref, scale_ref, g_ref, dr_ref, *, tiles):
+  rows = _rows_of(y_ref, tiles)
+  g, y = rows.load(g_ref), rows.load(y_ref)
+  at = scale_ref.at[pl.ds(rows.first, rows.size)]
+  scale = plgpu.load(at, mask=rows.exist, other=0.0)
+  mean = (g * y).sum(1) / y_ref.shape[1]
+  rows.store(dr_ref, scale[:, None] * (g - y * mean[:, None]))
+
+
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
+def _norm_back(y_ND, scale_N, g_ND, tiles, interpret):
+  return pl.pallas_call(
+    functools.partial(_norm_back_kernel, tiles=tiles),
+    out_shape=jax.ShapeDtypeStruct(y_ND.shape, y_ND.dtype),
+    grid=(pl.cdiv(y_ND.shape[0], tiles.norm_rows),),
+    compiler_params=plgpu.CompilerParams(num_warps=tiles.norm_warps),
+    interpret=interpret,
+    name='channel_half_norm_backward',
+  )(y_ND, scale_N, g_ND)
 
 
 @functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))

@@ -17,6 +17,11 @@ def check(task, splits, batch_size, max_batches) -> None:
       raise UserError(
         f'splits must be among {tuple(task.spec.sizes)}, got {split!r}'
       )
+    if task.spec.sizes[split] == 0:
+      raise UserError(
+        f'split {split!r} has no examples: leave it out of the splits to '
+        'evaluate, or give the task data that fill it'
+      )
     if task.spec.sizes[split] is None and max_batches is None:
       raise UserError(
         f'split {split!r} has no end: give max_batches, got max_batches=None'

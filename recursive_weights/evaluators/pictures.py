@@ -58,7 +58,7 @@ def make(
       was trained with; 0 for the model's own.
 
   Raises:
-    UserError: the split is unknown, or a number is not positive.
+    UserError: the split is unknown or empty, or a number is not positive.
   """
   del objective
   _average.check(task, (split,), batch_size, max_batches=1)

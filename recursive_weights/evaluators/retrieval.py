@@ -36,17 +36,12 @@ def make(
     and `.../low` and `.../high` of each.
 
   Raises:
-    UserError: a split is unknown, has no end or no questions, or a number is
+    UserError: a split is unknown, has no end or no examples, or a number is
       out of range.
   """
   _average.check(task, splits, batch_size, max_batches)
   if resamples < 0:
     raise UserError(f'resamples must be >= 0, got {resamples}')
-  if empty := [split for split in splits if task.spec.sizes[split] == 0]:
-    raise UserError(
-      f'split {empty[0]!r} has no questions: lower train_questions or give '
-      'another file'
-    )
 
   @jax.jit
   def judge(params, batch):

@@ -258,6 +258,16 @@ def test_errors_name_the_value(module, wrong, message):
     module.make(model, task, LAST, **{'batch_size': 8, **wrong})
 
 
+def test_an_empty_split_is_refused_before_training(module):
+  task, model, _ = setting(digits.make)
+  sizes = task.spec.sizes | {'validation': 0}
+  task = task._replace(spec=task.spec._replace(sizes=sizes))
+  fields = {'batch_size': 8, 'max_batches': 3}
+  module.make(model, task, LAST, splits=('test',), **fields)
+  with pytest.raises(UserError, match="'validation' has no examples: leave it"):
+    module.make(model, task, LAST, splits=('test', 'validation'), **fields)
+
+
 def test_depth_sweep_refuses_steps_that_are_not_there():
   task, model, params = setting(digits.make)
   with pytest.raises(UserError, match='steps must be > 0'):

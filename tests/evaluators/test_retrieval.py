@@ -66,7 +66,7 @@ def test_splits_without_questions_and_bad_numbers_are_told():
   def make(**fields):
     return retrieval.make(model, task, LAST, batch_size=4, **fields)
 
-  with pytest.raises(UserError, match=r"'validation' has no questions: lower"):
+  with pytest.raises(UserError, match="'validation' has no examples: leave it"):
     make(splits=('test', 'validation'))
   with pytest.raises(UserError, match='resamples must be >= 0, got -1'):
     make(resamples=-1)

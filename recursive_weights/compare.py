@@ -11,6 +11,7 @@ again. Writes `table.md`, `table.json` and `plots/curves.png`.
 
 import json
 import logging
+import math
 import pathlib
 
 import jax
@@ -79,16 +80,17 @@ def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
 
   data = experiment.config
   loop.check_workdir(workdir, data)
-  finished = workdir / 'results.json'
-  if finished.exists() and steps_of(workdir) == data['training']['steps']:
-    # Maybe on another machine, so that there is no checkpoint here.
-    results = json_files.read(finished)
-  else:
-    results = loop.run(experiment, str(workdir))
-  if not results:
+  # Maybe on another machine, so that there is no checkpoint here.
+  if not finished(workdir) or steps_of(workdir) != data['training']['steps']:
+    loop.run(experiment, str(workdir))
+  if not finished(workdir):
     raise interfaces.UserError(
       f'{name} was interrupted; the same command goes on from there'
     )
+  # Without evaluators there are none of a finished run either.
+  results = json_files.read(workdir / 'results.json')
+  results = {k: math.nan if v is None else v for k, v in results.items()}
+  del results['step']
   history = metrics.read(workdir / 'metrics.jsonl')
   steps_N = np.array([x['step'] for x in history if 'train/loss' in x])
   curve_EN = compression.curves(history, 'train/loss')
@@ -107,6 +109,18 @@ def measure(name: str, experiment, workdir: pathlib.Path) -> dict:
     'results': {k: v for k, v in results.items() if '@' not in k},
     'final_loss_by_seed': compression.final(curve_EN).tolist(),
   }
+
+
+def finished(workdir: pathlib.Path) -> bool:
+  """Whether a run came to its end: its results are those of its last step."""
+  from recursive_weights.training import metrics
+
+  path = workdir / 'results.json'
+  if not path.exists():
+    return False
+  history = metrics.read(workdir / 'metrics.jsonl')
+  # Results stay while a longer run goes on from them.
+  return bool(history) and history[-1]['step'] == json_files.read(path)['step']
 
 
 def steps_of(workdir: pathlib.Path) -> int:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from recursive_weights import compare
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = 'configs/ctm_parity.py'
 TINY = ('--config.training.steps=4', '--config.training.report_every=1')
@@ -75,6 +77,28 @@ def test_compare_trains_once_and_tells_the_difference(compared, cache):
   assert code == 0, err
   assert curve.read_bytes() == before
   assert again.splitlines()[-1] == out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_runs_without_final_evaluators_are_finished_too(tmp_path, cache):
+  arguments = (
+    'compare',
+    '--config=configs/basis_synthetic.py',
+    '--variants=smoke',
+    '--num_seeds=1',
+    f'--workdir={tmp_path}',
+  )
+  code, out, err = run(cache, *arguments)
+  assert code == 0, err
+  again = run(cache, *arguments)
+  assert again[0] == 0 and again[1].splitlines()[-1] == out.splitlines()[-1]
+  # Results of a shorter run are none of the one that goes on from it.
+  results = tmp_path / 'smoke' / 'results.json'
+  assert compare.finished(tmp_path / 'smoke')
+  results.write_text(json.dumps(json.loads(results.read_text()) | {'step': 1}))
+  assert not compare.finished(tmp_path / 'smoke')
+  results.unlink()
+  assert not compare.finished(tmp_path / 'smoke')
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ r"""Goes on with a text, by the language model of a run.
 The text appears as it is written, in constant memory, until `--count` tokens or
 the end of the document. With `--session` its state is saved in FILE; where FILE
 is there, the text goes on from it, the prompt after all that was read before.
+A state means nothing to other weights than its own: after more training, or in
+another run with the same tokens, `--rebuild` reads the session's text again.
 """
 
 import functools
@@ -27,7 +29,7 @@ def main(overrides):
   given = flags.FLAGS
   if not given.workdir:
     raise UserError('give --workdir')
-  names = 'prompt count seed session temperature top_k top_p'
+  names = 'prompt count seed session rebuild temperature top_k top_p'
   fields = {name: given[name].value for name in names.split()}
   for said in write(given.workdir, overrides, **fields):
     print(said, end='', flush=True)
@@ -42,6 +44,7 @@ def write(
   count: int = 400,
   seed: int = 0,
   session: str = '',
+  rebuild: bool = False,
   **fields,
 ) -> Iterator[str]:
   """The prompt and what follows it, piece by piece; arguments are the flags.
@@ -53,6 +56,8 @@ def write(
   from recursive_weights.derivation import tree
 
   choose = sampling.make(**fields)
+  if rebuild and not session:
+    raise UserError('rebuild must have a session to read: give --session=FILE')
   path = pathlib.Path(session)
   if not path.parent.is_dir():
     raise UserError(f'no folder {str(path.parent)!r} for the session')
@@ -61,9 +66,16 @@ def write(
   params = tree.derive(model.rules, stored)
   stream = generate.start(model.decoder, params, jnp.array([seed]))
   told, begin = [np.zeros(0, np.int32)], [text.boundary]
-  if session and path.exists():
-    stream = sessions.load(path, stream, weights=weights)
+  if rebuild or (session and path.exists()):
     told, begin = sessions.texts(path), []
+    if rebuild:
+      if len(told) > 1:
+        raise UserError(f'{path} must be of one text, got {len(told)}')
+      stream = sessions.rebuild(
+        path, model.decoder, params, boundary=text.boundary
+      )
+    else:
+      stream = sessions.load(path, stream, weights=weights)
   told += [np.array([*begin, *text.encode(prompt)], np.int32)]
   if len(told[-1]):
     tokens_BT, length_B = map(jnp.asarray, generate.padded(told[-1:]))
@@ -117,4 +129,5 @@ if __name__ == '__main__':
   flags.DEFINE_float('top_p', 0.95, 'the likeliest that together have so much')
   flags.DEFINE_integer('seed', 0, 'of a text that begins', 0, 2**31 - 1)
   flags.DEFINE_string('session', '', 'file of the state, to go on from')
+  flags.DEFINE_bool('rebuild', False, "read the session's text again")
   command.run(main, __doc__)

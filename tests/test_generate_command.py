@@ -36,6 +36,17 @@ def workdir(tmp_path_factory):
   return run_of(made, tmp_path_factory.mktemp('run'))
 
 
+def program(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'recursive_weights.generate', *arguments],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
 def written(*arguments, **fields):
   return ''.join(generate.write(*arguments, **fields))
 
@@ -60,6 +71,27 @@ def test_pieces_are_one_text_and_a_session_goes_on_with_it(workdir, tmp_path):
   assert longer[len(text) : -1].tolist() == task.text.encode('é').tolist()
 
 
+def test_other_weights_read_a_session_again(workdir, tmp_path):
+  """Where they are asked to; they then write as if they had read it first."""
+  made = hybrid_lm.get_config('smoke,attention,bytes')
+  other, path = run_of(made, tmp_path, seed=1), str(tmp_path / 'talk')
+  prompt = 'The "for" '
+  assert written(workdir, prompt=prompt, count=0, session=path) == prompt
+  with pytest.raises(UserError, match='read its text again by --rebuild'):
+    written(other, count=20, session=path)
+  process = program(f'--workdir={other}', f'--session={path}', '--count=20')
+  assert process.returncode == 2 and '--rebuild' in process.stderr
+  process = program(
+    *(f'--workdir={other}', f'--session={path}', '--count=20', '--rebuild')
+  )
+  assert process.returncode == 0, process.stderr
+  flags = {'temperature': 0.8, 'top_p': 0.95}  # as the program has them
+  whole = written(other, prompt=prompt, count=20, **flags)
+  assert prompt + process.stdout.removesuffix('\n') == whole
+  # It is theirs now.
+  written(other, count=1, session=path)
+
+
 def test_what_cannot_be_written_is_said(workdir, tmp_path):
   path = str(tmp_path / 'talk')
   none = np.zeros(1, np.int32)
@@ -73,6 +105,9 @@ def test_what_cannot_be_written_is_said(workdir, tmp_path):
     ([workdir, ['--config.nothing=1']], {}, 'config.nothing is no field'),
     ([other], {'prompt': '\N{SNOWMAN}'}, "occur in the text of path, got '☃'"),
     ([other], {'session': path}, 'the state must be of these weights'),
+    ([other], {'session': path, 'rebuild': True}, 'must hold its text to be'),
+    ([other], {'session': path + 's', 'rebuild': True}, 'no session'),
+    ([other], {'rebuild': True}, 'give --session=FILE'),
   ):
     with pytest.raises(UserError, match=message):
       written(*arguments, **fields)
@@ -82,13 +117,6 @@ def test_what_cannot_be_written_is_said(workdir, tmp_path):
 
 
 def test_the_program_needs_a_run():
-  process = subprocess.run(
-    [sys.executable, '-m', 'recursive_weights.generate', '--prompt=The '],
-    cwd=ROOT,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  process = program('--prompt=The ')
   assert process.returncode == 2 and process.stdout == ''
   assert process.stderr == 'error: give --workdir\n'

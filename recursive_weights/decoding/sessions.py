@@ -108,7 +108,8 @@ def load(path: str | pathlib.Path, like: Stream, *, weights: str) -> Stream:
   if about['weights'] != weights:
     raise UserError(
       f'{path}: the state must be of these weights, {weights[:12]}, got one of '
-      f'{about["weights"][:12]}: read its text again with `rebuild`'
+      f'{about["weights"][:12]}: read its text again by --rebuild (in Python, '
+      '`sessions.rebuild`)'
     )
   wanted = jax.tree_util.tree_leaves_with_path(like._asdict())
   names = {f'stream/{_name(place)}' for place, _ in wanted}
@@ -153,15 +154,24 @@ def rebuild(
   those of `generate.read`.
 
   Raises:
-    UserError: the session is damaged, or holds no text.
+    UserError: the session is damaged, holds no text, or one whose tokens the
+      model does not have.
   """
   rows = texts(path)
   if not rows:
     raise UserError(
-      f'{path} must hold its text to be read again: save it with `texts`'
+      f'{path} must hold its text to be read again: begin another session (in '
+      'Python, save it with `texts`)'
     )
   arrays, _ = _read(path)
   stream = generate.start(decoder, params, jnp.asarray(arrays['stream/seed_B']))
+  classes = stream.logits_BV.shape[-1]
+  largest = max((int(row.max()) for row in rows if len(row)), default=0)
+  if largest >= classes:
+    raise UserError(
+      f'{path}: tokens must be < {classes}, got {largest}: its text is of '
+      'another vocabulary than this model, so begin another session'
+    )
   if any(len(row) for row in rows):
     width = max(len(row) for row in rows)
     tokens_BT = [np.pad(row, (0, width - len(row))) for row in rows]

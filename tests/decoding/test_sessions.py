@@ -80,9 +80,8 @@ def test_fingerprints_tell_weights_apart():
 def test_other_weights_are_refused_and_read_again(path):
   like = jax.eval_shape(begun)
   other = sessions.fingerprint(OTHERS)
-  with pytest.raises(
-    UserError, match=f'{other[:12]}, got one of {WEIGHTS[:12]}'
-  ):
+  message = f'{other[:12]}, got one of {WEIGHTS[:12]}: .* by --rebuild'
+  with pytest.raises(UserError, match=message):
     sessions.load(path, like, weights=other)
   found = sessions.rebuild(path, DECODER, OTHERS)
   chex.assert_trees_all_close(found, begun(OTHERS), atol=1e-5)
@@ -108,6 +107,12 @@ def test_a_session_without_text_belongs_to_its_weights(tmp_path):
   assert sessions.texts(tmp_path / 's') == []
   with pytest.raises(UserError, match='must hold its text'):
     sessions.rebuild(tmp_path / 's', DECODER, OTHERS)
+
+
+def test_text_of_another_vocabulary_is_not_read_again(path):
+  fewer = tiny_decoder.init(jax.random.key(2), 4)
+  with pytest.raises(UserError, match='tokens must be < 4, got 4'):
+    sessions.rebuild(path, DECODER, fewer)
 
 
 def test_other_shapes_are_refused(path):

@@ -267,13 +267,21 @@ def comparable(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
   return all(ours[name] == theirs[name] for name in ('data', 'steps'))
 
 
-def decide(found, question: str, member: str, keep: str, take: str):
-  """A line of the table of decisions; None where there is none to compare."""
-  if BASELINE not in found or member not in found:
+def decide(
+  found, question: str, member: str, keep: str, take: str, against=BASELINE
+):
+  """A line of the table of decisions; None where there is none to compare.
+
+  Args:
+    found: rows by member.
+    question, member, keep, take, against: as in QUESTIONS of a config; the
+      answer is `keep` where `against` is better, `take` where `member` is.
+  """
+  if against not in found or member not in found:
     return None
-  if not comparable(found[BASELINE], found[member]):
+  if not comparable(found[against], found[member]):
     return None
-  gain, least = apart(found[BASELINE]['best'], found[member]['best'])
+  gain, least = apart(found[against]['best'], found[member]['best'])
   verdict = 'within the spread'
   if math.isinf(least):
     verdict = 'one seed tells no spread'
@@ -282,6 +290,7 @@ def decide(found, question: str, member: str, keep: str, take: str):
   return {
     'question': question,
     'member': member,
+    'against': against,
     'gain': gain,
     'least': None if math.isinf(least) else least,
     'verdict': verdict,
@@ -334,8 +343,9 @@ def scale(found, decisions, questions) -> dict[str, Any]:
     shares = [x for key, x in row['results'].items() if SHARES.match(key)]
     if shares:
       conditions[names[2]] = min(shares) >= 1 / 3
-  known = {d['member'] for d in decisions if d['least'] is not None}
-  if known >= {member for _, member, *_ in questions}:
+  # By question: a member may be compared with several others.
+  known = {d['question'] for d in decisions if d['least'] is not None}
+  if known >= {question for question, *_ in questions}:
     conditions[names[3]] = True
   values = conditions.values()
   verdict = 'scale' if all(values) else 'not known yet'
@@ -396,13 +406,14 @@ def samples(rows) -> str:
 
 
 def answers(decisions) -> str:
-  """The table of decisions; a gain is what the member's loss is lower by."""
-  lines = ['| question | member | gain | needs | answer |', '|---' * 5 + '|']
+  """The table of decisions; a gain is what a member's loss is lower by."""
+  head = ['question', 'member', 'against', 'gain', 'needs', 'answer']
+  lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
   for d in decisions:
     least = '' if d['least'] is None else f'{d["least"]:.4f}'
     lines.append(
-      f'| {d["question"]} | {d["member"]} | {d["gain"]:+.4f} | {least} | '
-      f'{d["verdict"]} |'
+      f'| {d["question"]} | {d["member"]} | {d["against"]} | '
+      f'{d["gain"]:+.4f} | {least} | {d["verdict"]} |'
     )
   chance = 0.05 * len(decisions)
   lines += [

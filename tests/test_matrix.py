@@ -26,8 +26,12 @@ def count(name):
 def test_every_tier_has_the_baseline_and_every_question_a_member():
   for members in hybrid_matrix.TIERS.values():
     assert members[0] == matrix.BASELINE
-  for _, member, keep, take in hybrid_matrix.QUESTIONS:
-    assert member in hybrid_matrix.MEMBERS and keep != take
+  questions = hybrid_matrix.QUESTIONS
+  for _, member, keep, take, *against in questions:
+    assert {member, *against} <= set(hybrid_matrix.MEMBERS) and keep != take
+  assert len({question for question, *_ in questions}) == len(questions)
+  asked = [(member, *against) for _, member, _, _, *against in questions]
+  assert {('groups_1',), ('groups_4',), ('groups_4', 'groups_1')} <= set(asked)
   assert set(matrix.PURE) <= set(hybrid_matrix.MEMBERS)
 
 
@@ -216,6 +220,17 @@ def test_other_data_or_steps_decide_nothing(other):
   assert matrix.decide({'baseline': row([1.0])}, *QUESTION) is None
 
 
+def test_members_may_be_compared_with_each_other():
+  question = ('one or four?', 'four', 'one', 'four', 'one')
+  found = {'one': row([1.5, 1.51, 1.52]), 'four': row([1.3, 1.31, 1.32])}
+  decision = matrix.decide(found, *question)
+  assert decision['verdict'] == 'four' and decision['against'] == 'one'
+  assert decision['gain'] == pytest.approx(0.2)
+  assert '| four | one | +0.2000 |' in matrix.answers([decision])
+  assert matrix.decide(found | {'one': row([1.0], steps=5)}, *question) is None
+  assert matrix.decide({'four': row([1.0])}, *question) is None
+
+
 @pytest.mark.parametrize(
   ('hybrid', 'words'),
   [
@@ -240,6 +255,12 @@ def test_scaling_needs_everything():
   found |= {name: row([1.2, 1.21]) for name in (*matrix.PURE, 'shallow')}
   decisions = [matrix.decide(found, *QUESTION)]
   assert matrix.scale(found, decisions, [QUESTION])['verdict'] == 'scale'
+  # A member was measured, but not against all that is asked.
+  pair = ('four or shallow?', 'shallow', 'four', 'shallow', 'four')
+  verdict = matrix.scale(found, decisions, [QUESTION, pair])['verdict']
+  assert verdict == 'not known yet'
+  both = [*decisions, matrix.decide(found | {'four': row([1.0, 1.1])}, *pair)]
+  assert matrix.scale(found, both, [QUESTION, pair])['verdict'] == 'scale'
   # Each condition alone can refuse.
   uneven = row([1.0, 1.01], **share | {'gates/gradient_share/b': 0.1})
   rising = row([1.0, 1.01], last=[1.2, 1.2], **share)

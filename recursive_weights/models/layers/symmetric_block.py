@@ -19,6 +19,8 @@ The families of constraints are those of the exact-cover form of Sudoku: in a
 row each digit stands once, in a column, in a box, and a cell has one digit.
 """
 
+import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -219,12 +221,36 @@ def pooled(
     raise ValueError(f'pool must be one of {POOLS}, got {pool!r}')
   scores = by_family((x_TBVD @ weights['score']).astype(jnp.float32))
   return [
-    (jax.nn.softmax(score, axis=axes) * value)
-    .sum(axes, keepdims=True)
-    .astype(x_TBVD.dtype)
+    _weighted(score, value, axes)
     for axes, score, value in zip(members, scores, values, strict=True)
   ]
 
 
+def _weighted(score, value, axes):
+  """Mean of values weighted by softmax(score)."""
+  most = jax.lax.stop_gradient(score.max(axes, keepdims=True))
+  e = jnp.exp(score - most)
+  return (_mean(e * value, axes) / _mean(e, axes)).astype(value.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _mean(x, axes):
-  return x.mean(axes, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+  """Of float32 to the same bits in any order of what is summed.
+
+  A recursion enlarges rounding errors, so that without it relabelled digits
+  would come out as other answers. Whole numbers have exact sums, and these are
+  less than 2^31.
+  """
+  if x.dtype != jnp.float32:
+    return x.mean(axes, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+  count = math.prod(x.shape[axis] for axis in axes)
+  unit = jnp.abs(x).max(axes, keepdims=True) * 2.0 ** -(30 - count.bit_length())
+  unit = jnp.where(unit > 0, unit, 1.0)
+  whole = jnp.round(x / unit).astype(jnp.int32)
+  return whole.sum(axes, keepdims=True) * (unit / count)
+
+
+@_mean.defjvp
+def _mean_jvp(axes, primals, tangents):
+  (x,), (dx,) = primals, tangents
+  return _mean(x, axes), dx.mean(axes, keepdims=True)

@@ -1,18 +1,24 @@
-r"""Time and memory of the scans over time, forward and with their backward.
+r"""Time and memory of the scans over time, in every form that models use.
 
   python -m recursive_weights.benchmarks.scans --kernel kimi_delta --length 4096
 
-prints one JSON line a kernel and algorithm: random inputs, gates near those of
-trained models, times of calls each waited for, memory by the compiler's count:
-temporaries, and with arguments and outputs the peak. Arithmetic is that of the
-recurrence token by token, traffic that of inputs, outputs and their gradients
-once each. The share of the roofline is the larger of the shares of the device's
-arithmetic and bandwidth that these come to: 1 where no program could be faster.
+prints one JSON line a kernel, algorithm and size, of random inputs with gates
+near those of trained models. A scan's line has `forward`, `forward_backward`
+and, where the algorithm has one, `prefill`: forward from a state, with the
+state at the end of every text, as text is read. Algorithm `step` is one token
+from a state, as text is written: one line for all lengths and chunks.
+
+Times are of calls each waited for, which on a CPU is most of a small step's
+time; memory is by the compiler's count: temporaries, and with arguments and
+outputs the peak. Arithmetic is that of the recurrence token by token, traffic
+that of inputs, outputs and their gradients once each. The share of the roofline
+is the larger of the shares of the device's arithmetic and bandwidth that these
+come to: 1 where no program could be faster.
 Flags give the two of a device that is not known here, such as a CPU.
 
   python -m recursive_weights.benchmarks.scans --kernel kimi_delta rwkv6 \
-      --algorithm chunked fused --dtype bfloat16 --batch 8 --length 4096 \
-      --heads 16
+      --algorithm chunked fused step --dtype bfloat16 --batch 8 \
+      --length 4096 16384 --heads 16
 """
 
 import argparse
@@ -21,6 +27,7 @@ import itertools
 import json
 import statistics
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +52,16 @@ KERNELS = (
 )
 
 
+GRID = ('kernel', 'dtype', 'algorithm', 'chunk', 'batch', 'length', 'heads')
+STEP = 'step'
+
+
 def build(kernel: str, size: argparse.Namespace, dtype: str):
-  """`(scan, inputs)` of a kernel, whose inputs all have gradients."""
+  """`(forms, inputs, shared)` of a kernel.
+
+  `forms` has its `scan`, `prefill`, `step` and `commit`; all inputs have
+  gradients, those at the indices `shared` no axis of time.
+  """
   b, t, h, k, v = (
     size.batch,
     size.length,
@@ -73,20 +88,75 @@ def build(kernel: str, size: argparse.Namespace, dtype: str):
       x, dt, a = normal(b, t, h * v), -gates(b, t, h * v), -jnp.ones((h * v, k))
       maps = (normal(b, t, k), normal(b, t, k))
     module = ssd if kernel == 'ssd' else selective
-    return module.scan, [*narrow(x), dt, a, *narrow(*maps)]
+    return module, [*narrow(x), dt, a, *narrow(*maps)], (2,)
   q, key, value = normal(b, t, h, k), normal(b, t, h, k), normal(b, t, h, v)
   q, key = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, key))
   rows = narrow(q, key, value)
   if kernel == 'gated_linear':
-    return linear_attention.scan, [*rows, gates(b, t, h, k)]
+    return linear_attention, [*rows, gates(b, t, h, k)], ()
   if kernel == 'rwkv6':
-
-    def rwkv6(q, k, v, log_decay, bonus, **kwargs):
-      return linear_attention.scan(q, k, v, log_decay, bonus_HK=bonus, **kwargs)
-
-    return rwkv6, [*rows, gates(b, t, h, k), normal(h, k)]
+    names = ('scan', 'prefill', STEP)
+    forms = {
+      name: _with_bonus(getattr(linear_attention, name)) for name in names
+    }
+    forms['commit'] = linear_attention.commit
+    inputs = [*rows, gates(b, t, h, k), normal(h, k)]
+    return types.SimpleNamespace(**forms), inputs, (4,)
   decays = gates(b, t, h) if kernel == 'gated_delta' else gates(b, t, h, k)
-  return delta_rule.scan, [*rows, decays, jax.nn.sigmoid(normal(b, t, h))]
+  return delta_rule, [*rows, decays, jax.nn.sigmoid(normal(b, t, h))], ()
+
+
+def _with_bonus(form):
+  def call(*inputs, **options):
+    *others, bonus_HK = inputs
+    return form(*others, bonus_HK=bonus_HK, **options)
+
+  return call
+
+
+def cases(size: argparse.Namespace) -> dict:
+  """`(function, arguments)` of every form that a line times, by name."""
+  forms, inputs, shared = build(size.kernel, size, size.dtype)
+  _, like = jax.eval_shape(
+    functools.partial(forms.scan, algorithm='recurrent'), *inputs
+  )
+  state = jax.random.normal(jax.random.key(1), like.shape, like.dtype)
+  if size.algorithm == STEP:
+    token = [x if i in shared else x[:, 0] for i, x in enumerate(inputs)]
+    return {STEP: (forms.step, [state, *token])}
+  options = {'algorithm': size.algorithm, 'chunk': size.chunk}
+  if size.kernel != 'selective':
+    options['precision'] = size.precision
+  forward = functools.partial(forms.scan, **options)
+
+  def total(inputs):
+    y, state = forward(*inputs)
+    return y.astype(jnp.float32).sum() + state.sum()
+
+  def prefill(length_B, state, *inputs):
+    y, pending = forms.prefill(*inputs, state=state, **options)
+    return y, forms.commit(pending, length_B)
+
+  found = {
+    'forward': (forward, inputs),
+    'forward_backward': (jax.value_and_grad(total), [inputs]),
+  }
+  if size.algorithm in chunks.PREFILLS or size.kernel == 'selective':
+    length_B = jnp.full(size.batch, size.length)
+    found['prefill'] = prefill, [length_B, state, *inputs]
+  return found
+
+
+def grid(flags: argparse.Namespace) -> list[argparse.Namespace]:
+  """What every line is of: `flags` with one value of each of GRID."""
+  rows = itertools.product(*(getattr(flags, name) for name in GRID))
+  sizes = [dict(zip(GRID, row, strict=True)) for row in rows]
+  sizes = [
+    size | ({'chunk': None, 'length': 1} if size['algorithm'] == STEP else {})
+    for size in sizes
+  ]
+  once = {tuple(size.values()): size for size in sizes}
+  return [argparse.Namespace(**vars(flags) | size) for size in once.values()]
 
 
 def measure(function, inputs: list, repeats: int) -> dict:
@@ -118,7 +188,7 @@ def roof(flags: argparse.Namespace, dtype: str) -> dict:
   }
 
 
-def rates(kernel: str, size, arguments, function, ms: float, most) -> dict:
+def rates(size, arguments, function, ms: float, most) -> dict:
   """Arithmetic and least traffic of a call, and what they come to a second."""
   outputs = jax.eval_shape(function, *arguments)
   backward = isinstance(arguments[0], list)
@@ -127,7 +197,7 @@ def rates(kernel: str, size, arguments, function, ms: float, most) -> dict:
   )
   # A state of K V entries is read and written by two products a token, three
   # in the delta rule; backward costs twice as much again.
-  products = 3 if kernel.endswith('delta') else 2
+  products = 3 if size.kernel.endswith('delta') else 2
   tokens = size.batch * size.length * size.heads
   work = 2.0 * products * tokens * size.key_width * size.value_width
   work *= 3 if backward else 1
@@ -147,14 +217,14 @@ def main() -> None:
   parser.add_argument(
     '--algorithm',
     nargs='+',
-    default=list(chunks.ALGORITHMS),
-    choices=(*chunks.ALGORITHMS, 'fused'),
+    default=[*chunks.ALGORITHMS, STEP],
+    choices=(*chunks.ALGORITHMS, 'fused', STEP),
   )
   parser.add_argument('--chunk', type=int, nargs='+', default=[64])
   parser.add_argument('--dtype', nargs='+', default=['float32'])
-  parser.add_argument('--batch', type=int, default=1)
-  parser.add_argument('--length', type=int, default=1024)
-  parser.add_argument('--heads', type=int, default=4)
+  parser.add_argument('--batch', type=int, nargs='+', default=[1])
+  parser.add_argument('--length', type=int, nargs='+', default=[1024])
+  parser.add_argument('--heads', type=int, nargs='+', default=[4])
   parser.add_argument(
     '--groups', type=int, default=1, help='of input and output maps of ssd'
   )
@@ -174,46 +244,23 @@ def main() -> None:
     '--peak', type=float, help="the device's arithmetic, TFLOP/s, if not known"
   )
   flags = parser.parse_args()
-  grid = itertools.product(
-    flags.kernel, flags.dtype, flags.algorithm, flags.chunk
-  )
-  for kernel, dtype, algorithm, chunk in grid:
-    scan, inputs = build(kernel, flags, dtype)
-    options = {'algorithm': algorithm, 'chunk': chunk}
-    if kernel != 'selective':
-      options['precision'] = flags.precision
-    forward = functools.partial(scan, **options)
-
-    def total(inputs, forward=forward):
-      y, state = forward(*inputs)
-      return y.astype(jnp.float32).sum() + state.sum()
-
-    line = {
-      'kernel': kernel,
-      'algorithm': algorithm,
-      'chunk': chunk,
-      'dtype': dtype,
-      'batch': flags.batch,
-      'length': flags.length,
-      'heads': flags.heads,
-      'key_width': flags.key_width,
-      'value_width': flags.value_width,
+  for size in grid(flags):
+    line = {name: getattr(size, name) for name in GRID}
+    line |= {
+      'key_width': size.key_width,
+      'value_width': size.value_width,
       'device': jax.devices()[0].device_kind,
       'jax': jax.__version__,
     }
-    most = roof(flags, dtype)
+    most = roof(size, size.dtype)
     line |= {key: x for key, x in most.items() if x}
-    cases = {
-      'forward': (forward, inputs),
-      'forward_backward': (jax.value_and_grad(total), [inputs]),
-    }
-    for name, (function, arguments) in cases.items():
+    for name, (function, arguments) in cases(size).items():
       try:
-        found = measure(function, arguments, flags.repeats)
+        found = measure(function, arguments, size.repeats)
       except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
         line[f'{name}_failed'] = str(error)[:300]
         continue
-      found |= rates(kernel, flags, arguments, function, found['ms'], most)
+      found |= rates(size, arguments, function, found['ms'], most)
       line |= {f'{name}_{key}': value for key, value in found.items()}
     print(json.dumps(line), flush=True)
 

@@ -4,7 +4,9 @@ import argparse
 import json
 import types
 
+import chex
 import jax
+import jax.numpy as jnp
 import pytest
 
 from recursive_weights.benchmarks import device, scans
@@ -27,6 +29,61 @@ def test_share_of_the_roofline(monkeypatch, capsys):
     outputs = 4 * 2 + 2 * 2 if name == 'forward' else inputs + 1
     held = line[f'{name}_peak_bytes'] - line[f'{name}_temporary_bytes']
     assert held >= 4 * (inputs + outputs)
+
+
+def lines(monkeypatch, capsys, command):
+  small = '--key_width 2 --value_width 2 --repeats 1'
+  monkeypatch.setattr('sys.argv', f'scans {command} {small}'.split())
+  scans.main()
+  return [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+
+
+def test_a_step_and_a_prefill_have_their_times(monkeypatch, capsys):
+  command = '--kernel ssd --algorithm chunked step --length 4 8 --batch 1 2'
+  found = lines(monkeypatch, capsys, f'{command} --heads 1 --bandwidth 2')
+  sizes = [(x['algorithm'], x['batch'], x['length']) for x in found]
+  assert sizes == [
+    *(('chunked', batch, length) for batch in (1, 2) for length in (4, 8)),
+    *(('step', 1, 1), ('step', 2, 1)),
+  ]
+  for line in found:
+    names = ['forward', 'forward_backward', 'prefill']
+    for name in names if line['algorithm'] == 'chunked' else ['step']:
+      assert line[f'{name}_ms'] > 0 and line[f'{name}_gb_per_s'] > 0
+      assert line[f'{name}_share_of_roofline'] > 0
+  # A state in and out, x, dt, B and C of each text, A, and y.
+  one, two = (
+    x['step_peak_bytes'] - x['step_temporary_bytes'] for x in found[4:]
+  )
+  assert one >= 4 * (2 * 4 + 2 + 1 + 2 * 2 + 1 + 2)
+  assert two > one
+
+
+@pytest.mark.parametrize('kernel', scans.KERNELS)
+def test_forms_are_of_the_same_recurrence(kernel):
+  """A prefill ends where steps token by token do, from the same state."""
+  fields = {'batch': 2, 'length': 3, 'heads': 2, 'key_width': 2, 'groups': 1}
+  fields |= {'value_width': 2, 'gate': 0.05, 'precision': 'highest'}
+  fields |= {'kernel': kernel, 'dtype': 'float32', 'chunk': 2}
+
+  def case(name, algorithm):
+    size = argparse.Namespace(**fields, algorithm=algorithm)
+    return scans.cases(size)[name]
+
+  prefill, [_, state, *inputs] = case('prefill', 'chunked')
+  y, end = prefill(jnp.full(2, 3), state, *inputs)
+  step, [begin, *_] = case('step', 'step')
+  *_, shared = scans.build(kernel, argparse.Namespace(**fields), 'float32')
+  chex.assert_trees_all_equal(begin, state)
+  for t in range(3):
+    token = [x if i in shared else x[:, t] for i, x in enumerate(inputs)]
+    y_t, state = step(state, *token)
+    chex.assert_trees_all_close(y_t, y[:, t], atol=1e-5)
+  chex.assert_trees_all_close(state, end, atol=1e-5)
+  forward, _ = case('forward', 'chunked')
+  chex.assert_trees_all_close(
+    forward(*inputs, state=begin), (y, end), atol=1e-5
+  )
 
 
 def test_peak_counts_once_what_outputs_take_from_arguments():

@@ -256,12 +256,16 @@ def judged(state: State, config: dict) -> Tree:
 
 
 def check_workdir(folder: pathlib.Path, config: dict) -> None:
-  """Refuses a workdir that belongs to another experiment.
+  """Refuses a workdir that holds checkpoints or results of another experiment.
 
   Raises:
     UserError: names every field that differs.
   """
   if not (folder / 'config.json').exists():
+    return
+  # One that ended before its first checkpoint leaves nothing to mix with.
+  saved = any(p.name.isdigit() for p in (folder / 'checkpoints').glob('*'))
+  if not saved and not (folder / 'results.json').exists():
     return
   lines = checkpoints_lib.foreign(config, checkpoints_lib.read_config(folder))
   if lines:
@@ -460,13 +464,16 @@ def _check(dispatched, saved):
   )
   saved.wait()
   steps = saved.steps()
-  last = 'there is no checkpoint yet'
+  last, how = 'there is no checkpoint yet', 'run again'
   if steps:
-    last = f'the last good checkpoint is {saved.path(steps[-1])}'
+    # What diverged is part of the experiment that this workdir holds.
+    path = saved.path(steps[-1])
+    last = f'the last good checkpoint is {path}'
+    how = f'go on in another --workdir with --config.resume_from={path}'
   raise Diverged(
     f'step {end - count + row + 1}: loss {loss}, gradient norm {norm}. Nothing '
     f'of it was saved; {last}. Lower optimizer.learning_rate or '
-    'optimizer.clip_norm, or mend the data, and run again'
+    f'optimizer.clip_norm, or mend the data, and {how}'
   )
 
 

@@ -243,6 +243,30 @@ def test_bad_update_never_lands(whole, tmp_path):
   chex.assert_trees_all_equal(final_state(mended, tmp_path), whole[3])
 
 
+def test_what_it_says_after_divergence_can_be_done(tmp_path):
+  bad = toy.experiment(poison=17)
+  with pytest.raises(loop.Diverged) as error:
+    loop.run(bad, tmp_path / 'bad')
+  path = tmp_path / 'bad' / 'checkpoints' / '10'
+  assert f'another --workdir with --config.resume_from={path}' in str(
+    error.value
+  )
+  slower = {'optimizer__learning_rate': 1e-4}
+  with pytest.raises(UserError, match='holds another experiment: optimizer'):
+    loop.run(toy.experiment(**slower), tmp_path / 'bad')
+  loop.run(toy.experiment(resume_from=str(path), **slower), tmp_path / 'good')
+  assert lines(tmp_path / 'good')[0]['step'] == 15
+  # Before the first checkpoint the workdir is free, and nothing is left there.
+  early = tmp_path / 'early'
+  with pytest.raises(loop.Diverged, match=r'no checkpoint yet.* and run again'):
+    loop.run(toy.experiment(poison=7), early)
+  assert [line['step'] for line in lines(early)] == [5]
+  loop.run(toy.experiment(training__steps=10, **slower), early)
+  assert [line['step'] for line in lines(early)] == [5, 10]
+  stored = checkpoints.read_config(early)
+  assert stored['optimizer']['learning_rate'] == 1e-4
+
+
 def test_start_precedence(whole, tmp_path, monkeypatch):
   """Workdir before resume_from before init_from before scratch."""
   _, workdir, _, donated = whole

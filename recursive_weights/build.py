@@ -6,6 +6,7 @@ adding an operator, model, task or evaluator is adding one file.
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -108,7 +109,12 @@ def check(config: dict[str, Any]) -> list[str]:
   if not 0 <= config['seed'] <= largest:
     errors.append(f'seed must lie in [0, {largest}], got {config["seed"]}')
   factors = config['rate_factors']
-  if factors and (len(factors) != config['num_seeds'] or min(factors) <= 0):
+  # A flag can put anything into a tuple.
+  fit = len(factors) == config['num_seeds'] and all(
+    isinstance(factor, int | float) and 0 < factor < math.inf
+    for factor in factors
+  )
+  if factors and not fit:
     errors.append(
       'rate_factors must be () or one factor > 0 for each of num_seeds = '
       f'{config["num_seeds"]} members, got {tuple(factors)}'

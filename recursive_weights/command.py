@@ -20,7 +20,7 @@ def read_config_file(text: str) -> ConfigDict:
   """`configs/NAME.py[:variant]` -> `get_config(variant)`.
 
   Raises:
-    UserError: no such file, or it has no get_config.
+    UserError: no such file, it is no Python, or it has no get_config.
   """
   path, _, variant = text.partition(':')
   return read_module(path).get_config(variant or None)
@@ -29,9 +29,19 @@ def read_config_file(text: str) -> ConfigDict:
 def read_module(path: str):
   """A config file as a module. Errors as for `read_config_file`."""
   if not pathlib.Path(path).is_file():
-    found = sorted(str(p) for p in pathlib.Path('configs').glob('[!_]*.py'))
+    # Some files there are parts that configs share.
+    found = sorted(
+      str(p)
+      for p in pathlib.Path('configs').glob('[!_]*.py')
+      if 'def get_config(' in p.read_text('utf-8')
+    )
     raise UserError(
       f'no config file {path!r}; there are: {", ".join(found) or "none here"}'
+    )
+  if not path.endswith('.py'):
+    raise UserError(
+      f'--config must be a Python file with get_config, got {path!r}: give one '
+      'whose name ends in .py'
     )
   spec = importlib.util.spec_from_file_location(
     f'config_{pathlib.Path(path).stem}', path

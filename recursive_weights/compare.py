@@ -34,6 +34,11 @@ def main(overrides):
   folder = pathlib.Path(given.workdir)
   overrides = [*overrides, f'--config.num_seeds={given.num_seeds}']
   variants = [v.strip() for v in given.variants.split(';') if v.strip()]
+  if not variants:
+    raise interfaces.UserError(
+      "--variants must be one or more, joined by ';', the baseline first, got "
+      f'{given.variants!r}'
+    )
   # All are built first, so that a mistake in the last one costs no training.
   experiments = {v: read(given.config, v, overrides) for v in variants}
   rows = []

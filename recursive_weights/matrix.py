@@ -52,6 +52,12 @@ def main(overrides):
     if not given[name].value:
       raise UserError(f'give --{name}')
   module = command.read_module(given.config)
+  parts = ('TIERS', 'MEMBERS', 'QUESTIONS', 'AFTER')
+  if not all(hasattr(module, part) for part in parts):
+    raise UserError(
+      f'--config must be a matrix, with {", ".join(parts)}, got '
+      f'{given.config!r}: give one such as configs/hybrid_matrix.py'
+    )
   if given.tier not in module.TIERS:
     raise UserError(
       f'tier must be one of {", ".join(module.TIERS)}, got {given.tier!r}'

@@ -36,11 +36,16 @@ def main(overrides):
   for name in ('config', 'output_dir'):
     if not given[name].value:
       raise interfaces.UserError(f'give --{name}')
+  counts = command.numbers('train_questions', given.train_questions, int)
+  if not counts:
+    raise interfaces.UserError(
+      '--train_questions must be one number or more, as in 1,2,5, got none'
+    )
   fields = command.override(command.read_config_file(given.config), overrides)
   rows = fill(
     pathlib.Path(given.output_dir),
     config.to_data(fields)['task'],
-    command.numbers('train_questions', given.train_questions, int),
+    counts,
     given.num_seeds,
     given.methods,
     read_settings(given.settings) if given.settings else {},

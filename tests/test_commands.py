@@ -271,7 +271,15 @@ BAD = {
     ],
     'training.batch_size must be > 0, got 0; training.ema_decay',
   ),
-  'missing file': (['--config=configs/nothing.py'], 'no config file'),
+  # Parts that configs share, such as configs/derivations.py, are not listed.
+  'missing file': (
+    ['--config=configs/nothing.py'],
+    'configs/ctm_parity.py, configs/hybrid_lm.py',
+  ),
+  'config that is no Python': (
+    ['--config=README.md'],
+    "--config must be a Python file with get_config, got 'README.md'",
+  ),
   'unknown variant': (
     ['--config=configs/ctm_digits.py:big'],
     'unknown variant',
@@ -300,6 +308,50 @@ def test_bad_input_is_one_clear_message(cache, tmp_path, name):
   assert message in err.splitlines()[-1]
   assert 'Traceback' not in err
   assert not (workdir / 'metrics.jsonl').exists()
+
+
+BAD_PROGRAMS = {
+  'no tiers': (
+    ['matrix', '--config=configs/ctm_digits.py', '--workdir=WORKDIR'],
+    'give one such as configs/hybrid_matrix.py',
+  ),
+  'no numbers of questions': (
+    ['retrieval', '--config=configs/basis_retrieval.py', '--train_questions=']
+    + ['--output_dir=WORKDIR'],
+    '--train_questions must be one number or more',
+  ),
+  'no variants': (
+    ['compare', '--config=configs/ctm_digits.py', '--variants=;']
+    + ['--workdir=WORKDIR'],
+    "--variants must be one or more, joined by ';'",
+  ),
+  'tiles that are no JSON': (
+    ['benchmarks.trm', '--tiles', 'x'],
+    'must be JSON such as {"token": {"columns": 64}}',
+  ),
+  'tiles of no kernel': (
+    ['benchmarks.trm', '--tiles', '{"tokn": {}}'],
+    'by kernel (token, channel, attention, constraint, cell)',
+  ),
+  'places that a cell lacks': (
+    ['benchmarks.trm', '--cell', 'mixer', 'symmetric', '--tokens', '81', '97'],
+    '--tokens must be 81 with --cell symmetric',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', BAD_PROGRAMS)
+def test_bad_input_of_other_programs_too(cache, tmp_path, name):
+  (program, *arguments), message = BAD_PROGRAMS[name]
+  workdir = str(tmp_path / 'run')
+  arguments = [x.replace('WORKDIR', workdir) for x in arguments]
+  module = f'recursive_weights.{program}'
+  code, out, err = run(cache, '-m', module, *arguments)
+  assert code == 2
+  assert out == ''
+  assert message in err.splitlines()[-1]
+  assert 'Traceback' not in err
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

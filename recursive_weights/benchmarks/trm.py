@@ -43,6 +43,7 @@ HEADS, LAYERS, CYCLES, INNER = 8, 2, 3, 6
 WIDTHS = {'mixer': 512, 'attention': 512, 'symmetric': 128}
 CLASSES = {'mixer': 11, 'attention': 11, 'symmetric': 9}
 POOL_WIDTH = 64
+PLACES = 81
 
 # What the constraint half pools over, whole and in a block that mixes tokens.
 FAMILIES = {'constraint': tuple(symmetric_block.FAMILIES), 'cell': ('cell',)}
@@ -519,6 +520,38 @@ def steps_report(flags) -> None:
 TILES: dict = {}
 
 
+def read_tiles(text: str) -> dict:
+  """Tiles by the name that `halves.make` has for them.
+
+  Raises:
+    argparse.ArgumentTypeError: it is not JSON, or names no kernel or no field.
+  """
+  try:
+    found = {
+      'over' if name == 'attention' else name: tiles_of(name, changes)
+      for name, changes in json.loads(text).items()
+    }
+  except (KeyError, ValueError, TypeError, AttributeError) as error:
+    raise argparse.ArgumentTypeError(
+      f'must be JSON such as {{"token": {{"columns": 64}}}}, by kernel '
+      f'({", ".join(KERNELS)}) its fields, got {text!r}: {error}'
+    ) from error
+  return found
+
+
+def check_tokens(cells: list[str], tokens: list[int]) -> str:
+  """What is wrong with the tokens of whole steps, '' for nothing."""
+  for cell, count in itertools.product(cells, tokens):
+    if cell == 'symmetric' and count != PLACES:
+      return (
+        f'--tokens must be {PLACES} with --cell symmetric, whose states are '
+        f'the places of a Sudoku alone, got {count}'
+      )
+    if count < PLACES:
+      return f'--tokens must be at least the {PLACES} of a Sudoku, got {count}'
+  return ''
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--halves', nargs='*', default=[], choices=KERNELS)
@@ -547,6 +580,7 @@ def main() -> None:
   )
   parser.add_argument(
     '--tiles',
+    type=read_tiles,
     default='{}',
     help='JSON: {"token": {"columns": 64}, "channel": {...}}',
   )
@@ -563,11 +597,11 @@ def main() -> None:
     '--peak_tflops', type=float, help="of the device; none: its data sheet's"
   )
   flags = parser.parse_args()
+  if not flags.halves and (wrong := check_tokens(flags.cell, flags.tokens)):
+    parser.error(wrong)
   if flags.peak_tflops is None:
     flags.peak_tflops, _ = device.limits()
-  for name, tiles in json.loads(flags.tiles).items():
-    word = 'over' if name == 'attention' else name
-    TILES[word] = tiles_of(name, tiles)
+  TILES.update(flags.tiles)
   if flags.halves:
     halves_report(flags)
   else:

@@ -214,7 +214,7 @@ def test_members_of_one_program_are_separate_runs(tmp_path, shared, apart):
     )
 
 
-@pytest.mark.parametrize('factors', [(1.0,), (1.0, 0.0)])
+@pytest.mark.parametrize('factors', [(1.0,), (1.0, 0.0), ('a', 'b')])
 def test_rates_that_fit_no_members_are_refused(factors):
   config = config_lib.base()
   config.num_seeds, config.rate_factors = 2, factors

@@ -12,6 +12,7 @@ from recursive_weights.tasks import _splits
 
 SOURCES = ('pydoc', 'library')
 SPLIT_BY = ('document', 'position')
+SHARES = (0.025, 0.1)
 
 
 def read(path: str, separator: str) -> list[bytes]:
@@ -93,6 +94,8 @@ def split(
   rows: list[np.ndarray],
   by: str,
   needed: tuple[str, ...] = _splits.NAMES,
+  *,
+  even: bool = False,
 ) -> dict[str, list[np.ndarray]]:
   """Documents by split: about 90 % train, 5 % validation, 5 % test.
 
@@ -106,6 +109,10 @@ def split(
     rows: the same documents as `units`, what is given out.
     by: 'document' or 'position'.
     needed: splits that must not be empty.
+    even: by='document' of texts that differ from one Python to the next and are
+      few, so that a split may come out next to empty: a number is hashed with
+      each, the first (0 for none) with which validation and test are each two
+      documents at least and `SHARES` of the text.
 
   Raises:
     UserError: a needed split would be empty, or `by` is unknown.
@@ -113,9 +120,7 @@ def split(
   if by not in SPLIT_BY:
     raise UserError(f'split_by must be one of {SPLIT_BY}, got {by!r}')
   if by == 'document':
-    digests = b''.join(hashlib.sha256(text).digest() for text in documents)
-    digests_BN = np.frombuffer(digests, np.uint8).reshape(len(documents), -1)
-    split_B = _splits.by_hash(_splits.hash_rows(digests_BN))
+    split_B = _by_hash(documents, [len(row) for row in rows], even)
     parts = {
       name: [row for row, s in zip(rows, split_B, strict=True) if s == i]
       for i, name in enumerate(_splits.NAMES)
@@ -136,6 +141,31 @@ def split(
       "split_by='position'"
     )
   return parts
+
+
+def _by_hash(documents, sizes, even):
+  """Index into the names of splits for each document, see `split`."""
+  digests = [hashlib.sha256(text).digest() for text in documents]
+
+  def hashed(number=0):
+    salted = digests
+    if number:
+      salt = b'%d:' % number
+      salted = [hashlib.sha256(salt + digest).digest() for digest in digests]
+    digests_BN = np.frombuffer(b''.join(salted), np.uint8)
+    digests_BN = digests_BN.reshape(len(documents), -1)
+    return _splits.by_hash(_splits.hash_rows(digests_BN))
+
+  def is_even(split_B):
+    held_out = [size_B[split_B == i] for i in (1, 2)]
+    low, high = (share * size_B.sum() for share in SHARES)
+    return all(len(x) > 1 and low <= x.sum() <= high for x in held_out)
+
+  if not even:
+    return hashed()
+  size_B = np.array(sizes)
+  found = (x for x in map(hashed, range(1000)) if is_even(x))
+  return next(found, hashed())
 
 
 def _cut(rows, ends, first, last):

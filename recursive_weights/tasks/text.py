@@ -79,7 +79,8 @@ def make(
   if tokens == 'characters':
     known = np.unique(np.concatenate(rows))
   needed = _splits.NAMES[:2] if test_path else _splits.NAMES
-  parts = _documents.split(documents, rows, split_by, needed)
+  even = not path
+  parts = _documents.split(documents, rows, split_by, needed, even=even)
   if test_path:
     others = _documents.read(test_path, separator)
     parts['test'] = [_documents.units(text, tokens) for text in others]

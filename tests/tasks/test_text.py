@@ -301,3 +301,33 @@ def test_library_is_larger_text():
   batch = task.batch('train', 3, 2)
   chex.assert_shape(batch['targets'], (2, 64))
   assert 'def ' in task.text.decode(walk(task, 1, 400)[0][0])
+
+
+def shares(documents):
+  rows = [_documents.units(x, 'bytes') for x in documents]
+  parts = _documents.split(documents, rows, 'document', even=True)
+  total = sum(map(len, rows))
+  return parts, [sum(map(len, parts[name])) / total for name in parts]
+
+
+@pytest.mark.parametrize('source', _documents.SOURCES)
+def test_shipped_text_has_held_out_splits_of_any_python(source):
+  parts, found = shares(list(_documents.shipped(source)))
+  low, high = _documents.SHARES
+  assert low <= min(found[1:]) and max(found[1:]) <= high
+  assert min(map(len, parts.values())) >= 2
+
+
+def test_few_documents_are_hashed_until_their_splits_are_even():
+  """Copies stay together, and the order of documents does not matter."""
+  rng = np.random.default_rng(0)
+  documents = [rng.bytes(int(n)) for n in rng.integers(100, 900, 60)]
+  documents[7] = documents[3]
+  parts, found = shares(documents)
+  assert 0.025 <= min(found[1:]) and max(found[1:]) <= 0.1
+  again, _ = shares(documents[::-1])
+  for name, rows in parts.items():
+    given = sorted(row.tobytes() for row in rows)
+    assert given == sorted(row.tobytes() for row in again[name])
+    copies = [row.astype(np.uint8).tobytes() for row in rows]
+    assert copies.count(documents[3]) in (0, 2)

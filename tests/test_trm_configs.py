@@ -12,6 +12,7 @@ import pytest
 from configs import tiny_recursive
 from recursive_weights import build, config
 from recursive_weights.interfaces import UserError
+from recursive_weights.training import checkpoints
 
 SUDOKU = [
   '',
@@ -124,6 +125,49 @@ def test_what_is_carried_between_slices_is_small():
     fields = load('trm_sudoku', variant)['checkpoint']
     states = fields['keep'] + bool(fields['best'])
     assert states * mebibytes(state._replace(carry={})) < 60, variant
+
+
+def random(shape, rng):
+  """A value of a shape whose bits are random, which no file makes smaller."""
+  if jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
+    return jax.random.key(0)
+  count = shape.size * shape.dtype.itemsize
+  bits = np.frombuffer(rng.bytes(count), shape.dtype)
+  return jax.numpy.asarray(bits.reshape(shape.shape))
+
+
+@pytest.fixture(scope='module')
+def slices_sizes(tmp_path_factory):
+  """Bytes of every file of a run in slices, and of its state."""
+  folder = tmp_path_factory.mktemp('slices')
+  experiment, state, _ = traced('trm_sudoku', 'mixer,slices')
+  fields = experiment.config['checkpoint']
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(lambda x: random(x, rng), state._replace(carry={}))
+  saved = checkpoints.open_folder(
+    folder, experiment.config, keep=fields['keep'], best=fields['best']
+  )
+  for step in (500, 1000):  # the second takes the place of the first
+    saved.save(state._replace(step=jax.numpy.int32(step)), {}, emptied=True)
+    saved.wait()
+  saved.close()
+  files = [p.stat().st_size for p in folder.rglob('*') if p.is_file()]
+  return files, mebibytes(state) * 2**20
+
+
+def test_a_slices_checkpoint_is_small(slices_sizes):
+  """At most 60 MiB, of a state that no file makes smaller."""
+  files, state = slices_sizes
+  assert state < sum(files) <= 60 * 2**20
+
+
+@pytest.mark.xfail(
+  strict=False, reason='orbax puts up to 19 MiB in a file, as threads come'
+)
+def test_files_of_a_slices_checkpoint_are_small(slices_sizes):
+  """None above 16 MiB."""
+  files, _ = slices_sizes
+  assert max(files) <= 16 * 2**20
 
 
 def test_flat_nets_have_equal_parameters_or_equal_arithmetic():

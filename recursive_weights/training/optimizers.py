@@ -253,33 +253,48 @@ def make(
     groups: by group name `{pattern, lr_scale, weight_decay, frozen, sign}`;
       decay is decoupled: p <- p (1 - lr weight_decay); `sign` makes it
       `sign_rows`.
+
+  Raises:
+    UserError: every argument that is out of range, and errors of `schedule` and
+      `label`, in one message.
   """
+  errors = []
   if learning_rate <= 0:
-    raise UserError(f'optimizer.learning_rate must be > 0, got {learning_rate}')
+    errors.append(f'optimizer.learning_rate must be > 0, got {learning_rate}')
   if clip_norm < 0:
-    raise UserError(f'optimizer.clip_norm must be >= 0, got {clip_norm}')
+    errors.append(f'optimizer.clip_norm must be >= 0, got {clip_norm}')
   for field, beta in (('b1', b1), ('b2', b2)):
     if not 0 <= beta < 1:
-      raise UserError(f'optimizer.{field} must lie in [0, 1), got {beta}')
+      errors.append(f'optimizer.{field} must lie in [0, 1), got {beta}')
   if moments not in ('float32', 'bfloat16'):
-    raise UserError(
+    errors.append(
       f"optimizer.moments must be 'float32' or 'bfloat16', got {moments!r}"
     )
   if moments == 'bfloat16' and max(b1, b2) > 0.99:
-    raise UserError(
+    errors.append(
       "optimizer.moments 'bfloat16' needs b1 and b2 <= 0.99, else a moment "
       f'rounds back to where it was; got {b1} and {b2}'
     )
-  rate = _schedule(learning_rate, steps, **schedule)
   known = {
     'adamw': lambda: optax.scale_by_adam(b1, b2, eps),
     'adam_atan2': lambda: scale_by_adam_atan2(b1, b2),
     'sgd': lambda: optax.trace(b1),
   }
   if name not in known:
-    raise UserError(
+    errors.append(
       f'optimizer.name must be one of {sorted(known)}, got {name!r}'
     )
+  patterns = {g: fields['pattern'] for g, fields in groups.items()}
+  try:
+    rate = _schedule(learning_rate, steps, **schedule)
+  except UserError as error:
+    errors.append(str(error))
+  try:
+    labels = label(params, patterns)
+  except UserError as error:
+    errors.append(str(error))
+  if errors:
+    raise UserError('; '.join(errors))
 
   def group(pattern, lr_scale=1.0, weight_decay=0.0, frozen=False, sign=False):
     del pattern
@@ -295,7 +310,6 @@ def make(
     parts.append(optax.scale_by_learning_rate(lambda t: lr_scale * rate(t)))
     return optax.chain(*parts)
 
-  labels = label(params, {g: fields['pattern'] for g, fields in groups.items()})
   still = {g for g, fields in groups.items() if fields.get('frozen')}
   parts = []
   if still:  # what never moves must not scale the others' updates

@@ -121,6 +121,19 @@ def test_frozen_gradients_do_not_count_for_clipping():
   chex.assert_trees_all_equal(train(optimizer, [g]), train(optimizer, [loud]))
 
 
+def test_all_errors_come_at_once():
+  with pytest.raises(UserError) as error:
+    build(
+      {'x': group('a/')},
+      name='lion',
+      learning_rate=0.0,
+      b1=1.0,
+      schedule=SCHEDULE | {'warmup_steps': 11},
+    )
+  for part in ('learning_rate', 'b1', 'lion', 'warmup_steps', 'c is in 0'):
+    assert part in str(error.value)
+
+
 def test_every_leaf_has_one_group_and_every_pattern_a_leaf():
   with pytest.raises(UserError) as error:
     build({'x': group('a/'), 'y': group('w'), 'z': group('nothing')})

@@ -23,7 +23,7 @@ from recursive_weights.interfaces import (
   Task,
   UserError,
 )
-from recursive_weights.training import optimizers, stopping
+from recursive_weights.training import devices, optimizers, stopping
 from recursive_weights.training.loop import Experiment, evaluate_all
 from recursive_weights.training.state import (
   empty_slots,
@@ -123,6 +123,11 @@ def check(config: dict[str, Any]) -> list[str]:
     errors.append('rate_factors must be () with step alternating')
   if config['max_minutes'] < 0:
     errors.append(f'max_minutes must be >= 0, got {config["max_minutes"]}')
+  strategy = config['devices']['strategy']
+  if strategy not in devices.STRATEGIES:
+    errors.append(
+      f'devices.strategy must be one of {devices.STRATEGIES}, got {strategy!r}'
+    )
   if config['dtype'] not in DTYPES:
     errors.append(f'dtype must be one of {DTYPES}, got {config["dtype"]!r}')
   target = config['early_stopping']['target']
@@ -282,21 +287,28 @@ def build_rule(name: str, fields: dict[str, Any], paths: dict[str, Any]):
   return Rule(name, fields['source'], fields['target'], compose.chain(*parts))
 
 
-def build_evaluators(
-  fields: dict[str, dict], model, task, objective, batch_size, output_dir
-):
-  """Evaluators by name, of `batch_size` rows where they do not say."""
-  return {
-    name: make(
-      'evaluators',
-      {'name': name, 'batch_size': batch_size} | arguments,
-      model,
-      task,
-      objective,
-      output_dir=output_dir,
-    )
-    for name, arguments in fields.items()
-  }
+def build_evaluators(config, when: str, model, task, objective, output_dir):
+  """Evaluators by name, of the rows of training where they do not say.
+
+  Args:
+    when: 'during' or 'after'.
+
+  Raises:
+    UserError: the errors of all of them.
+  """
+  train, found, errors = config['training'], {}, []
+  # What the memory holds at once in training it holds in evaluation.
+  rows = train['batch_size'] // train['accumulation']
+  for name, arguments in config['evaluators'][when].items():
+    fields = {'name': name, 'batch_size': rows} | arguments
+    parts = model, task, objective
+    try:
+      found[name] = make('evaluators', fields, *parts, output_dir=output_dir)
+    except UserError as error:
+      errors.append(f'evaluators.{when}.{name}: {error}')
+  if errors:
+    raise UserError('; '.join(errors))
+  return found
 
 
 def build_federation(config, model, task, objective, output_dir):
@@ -322,62 +334,76 @@ def build_federation(config, model, task, objective, output_dir):
   )
 
 
-def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
+def try_batches(config: dict[str, Any], task: Task) -> None:
+  """Makes a training batch of every phase, for the errors that it raises.
+
+  A text may be shorter than its tracks, which depends on the batch size, so no
+  task can tell when it is made.
+  """
+  train = config['training']
+  for first, _ in task.spec.phases or ((0, {}),):
+    if first < train['steps']:
+      task.batch('train', first, train['batch_size'])
+
+
+def build(
+  config: dict[str, Any], output_dir: str = '', *, trains: bool = True
+) -> Experiment:
   """Everything that `training.loop.run` needs.
 
   Args:
     config: the resolved config as plain data (`config.to_data`).
     output_dir: where evaluators may write files, '' for nowhere.
+    trains: False for evaluators alone, whose data need not be enough to train.
 
   Raises:
-    UserError: every error found in the config, in one message.
+    UserError: every error found in the config, in one message; of optimizer,
+      batches, evaluators and federation once there are none in task, objective,
+      model and plain fields, which they need.
   """
   errors = check(config)
-  found = {}
 
-  def attempt(part, function):
+  def attempt(function, *args):
     try:
-      found[part] = function()
+      return function(*args)
     except UserError as error:
       errors.append(str(error))
-      found[part] = None
-    return found[part]
+      return None
+
+  def conclude():
+    if errors:
+      raise UserError('config: ' + '; '.join(errors))
 
   seeds = config_lib.member_seeds(config)
-  tasks = attempt(
-    'task', lambda: tuple(build_task(config, seed) for seed in seeds)
-  )
-  objective = attempt('objective', lambda: build_objective(config))
-  model = tasks and attempt('model', lambda: build_model(config, tasks[0]))
-  if errors:
-    raise UserError('config: ' + '; '.join(errors))
+  tasks = attempt(lambda: tuple(build_task(config, seed) for seed in seeds))
+  objective = attempt(build_objective, config)
+  model = tasks and attempt(build_model, config, tasks[0])
+  conclude()
   # So workdirs and checkpoints know their data, and refuse other data.
   config = config | {'data_hash': dict(tasks[0].data_hash or {})}
   train, factors = config['training'], config['rate_factors']
   inputs = example(tasks[0], train['batch_size'])
   shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
-  optimizer, schedule = optimizers.make(
-    shapes, train['steps'], **config['optimizer']
+  # First, since what evaluators say of a text too short misleads.
+  if trains:
+    attempt(try_batches, config, tasks[0])
+  made = attempt(
+    lambda: optimizers.make(shapes, train['steps'], **config['optimizer'])
   )
+  parts = model, tasks[0], objective, output_dir
+  evaluators = {
+    when: attempt(build_evaluators, config, when, *parts)
+    for when in ('during', 'after')
+  }
+  every = attempt(build_federation, config, *parts)
+  conclude()
+  optimizer, schedule = made
   slots = build_slots(train['slots'])
   first_slots = None
   if slots is not None:
     batch = tasks[0].batch('train', 0, train['batch_size'])
     first_slots = empty_slots(model, tasks[0], objective, slots, batch)
   averaged = optimizers.averaged(config['optimizer']['groups'])
-  # What the memory holds at once in training it holds in evaluation.
-  rows = train['batch_size'] // train['accumulation']
-  evaluators = {
-    when: build_evaluators(
-      config['evaluators'][when],
-      model,
-      tasks[0],
-      objective,
-      rows,
-      output_dir,
-    )
-    for when in ('during', 'after')
-  }
 
   def step(axis):
     return make_step(
@@ -415,7 +441,7 @@ def build(config: dict[str, Any], output_dir: str = '') -> Experiment:
     tasks=tasks,
     init=init,
     make_step=make_own_step,
-    every=build_federation(config, model, tasks[0], objective, output_dir),
+    every=every,
     **evaluators,
   )
 
@@ -430,7 +456,7 @@ def evaluate(
     load: `(shapes of the parameters, raw) -> parameters` (see `restore`).
     output_dir: where evaluators may write files, '' for nowhere.
   """
-  experiment = build(config, output_dir)
+  experiment = build(config, output_dir, trains=False)
   params = load(parameter_shapes(config), config['raw'])
   return evaluate_all(experiment.after, params, config)
 

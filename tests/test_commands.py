@@ -268,10 +268,24 @@ BAD = {
       '--config=configs/ctm_digits.py',
       '--config.training.batch_size=0',
       '--config.training.ema_decay=2.0',
+      '--config.devices.strategy=all',
     ],
-    'training.batch_size must be > 0, got 0; training.ema_decay',
+    'training.batch_size must be > 0, got 0; training.ema_decay must lie in '
+    "[0, 1), got 2.0; devices.strategy must be one of ('data', 'fsdp', 'pmap')",
   ),
   # Parts that configs share, such as configs/derivations.py, are not listed.
+  'several parts at once': (
+    ['--config=configs/ctm_parity.py:smoke']
+    + ['--config.optimizer.learning_rate=0.0', '--config.optimizer.b1=2.0']
+    + ['--config.evaluators.during.accuracy.splits=("tset",)']
+    + ['--config.evaluators.after.accuracy.splits=("train",)']
+    + ['--config.federation.every=3'],
+    'optimizer.learning_rate must be > 0, got 0.0; optimizer.b1 must lie in '
+    "[0, 1), got 2.0; evaluators.during.accuracy: splits must be among ('train'"
+    ", 'validation', 'test'), got 'tset'; evaluators.after.accuracy: "
+    "split 'train' has no end: give max_batches, got max_batches=None; "
+    'federation needs members',
+  ),
   'missing file': (
     ['--config=configs/nothing.py'],
     'configs/ctm_parity.py, configs/hybrid_lm.py',
@@ -291,6 +305,12 @@ BAD = {
     + ['--config.recursive.rules.w2.operator.name=fractal'],
     "derivation.operators has no 'fractal'",
   ),
+  'text shorter than a track': (
+    ['--config=configs/hybrid_lm.py', '--config.task.path=TEXT']
+    + ['--config.task.split_by=position'],
+    'config: batch_size x length must be at most the 18 tokens of the training '
+    'text, got 16 x 128',
+  ),
   'missing checkpoint': (
     ['--config=configs/ctm_parity.py:smoke', '--config.init_from=nowhere'],
     'is no folder',
@@ -301,7 +321,9 @@ BAD = {
 @pytest.mark.parametrize('name', BAD)
 def test_bad_input_is_one_clear_message(cache, tmp_path, name):
   arguments, message = BAD[name]
-  workdir = tmp_path / 'run'
+  text, workdir = tmp_path / 'text.txt', tmp_path / 'run'
+  text.write_text('the quick brown fox')
+  arguments = [x.replace('TEXT', str(text)) for x in arguments]
   code, out, err = run(cache, 'train.py', *arguments, f'--workdir={workdir}')
   assert code == 2
   assert out == ''
@@ -352,6 +374,24 @@ def test_bad_input_of_other_programs_too(cache, tmp_path, name):
   assert message in err.splitlines()[-1]
   assert 'Traceback' not in err
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_text_of_small_letters_needs_no_other_config(cache, tmp_path):
+  text = tmp_path / 'text.txt'
+  text.write_text('the quick brown fox jumps over the lazy dog. ' * 50)
+  code, _, err = run(
+    cache,
+    'train.py',
+    '--config=configs/hybrid_lm.py:smoke,attention',
+    '--config.training.steps=2',
+    f'--config.task.path={text}',
+    '--config.task.split_by=position',
+    f'--workdir={tmp_path / "run"}',
+  )
+  assert code == 0, err
+  assert "samples without a prompt: 'The ' cannot be written" in err
+  assert (tmp_path / 'run' / 'samples.txt').exists()
 
 
 @pytest.mark.slow

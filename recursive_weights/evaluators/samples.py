@@ -1,5 +1,6 @@
 """Text that a language model writes, for people to read."""
 
+import logging
 import pathlib
 
 import jax
@@ -10,6 +11,7 @@ from recursive_weights.decoding import generate, sampling
 from recursive_weights.derivation import tree
 from recursive_weights.interfaces import UserError
 
+_log = logging.getLogger(__name__)
 _GRAM = 4
 
 
@@ -30,7 +32,9 @@ def make(
   """Writes continuations of prompts to `output_dir/samples.txt`.
 
   Every prompt begins a document; a text ends where the model ends the document,
-  or after `count` tokens. Of several seeds, the last one's samples stay.
+  or after `count` tokens. Of several seeds, the last one's samples stay. A
+  prompt with a character that the task's text lacks is left out, with a line in
+  the log, as long as others remain.
 
   Args:
     objective: not used: text is what the decoder writes.
@@ -46,7 +50,7 @@ def make(
     among all runs of 4 tokens; a model that repeats itself has few.
 
   Raises:
-    UserError: the model is no language model, the task is no text, a prompt
+    UserError: the model is no language model, the task is no text, every prompt
       has a character without a token, or a number is out of range.
   """
   del objective, batch_size
@@ -59,9 +63,12 @@ def make(
     raise UserError(f'prompts must be one text or more, got {prompts}')
   choose = sampling.make(temperature=temperature, top_k=top_k, top_p=top_p)
   begin = np.array([text.boundary], np.int32)
-  rows = [np.concatenate([begin, _encoded(text, x)]) for x in prompts]
+  rows = {
+    prompt: np.concatenate([begin, tokens_T])
+    for prompt, tokens_T in _encoded(text, prompts).items()
+  }
   tokens_BT, length_B = generate.padded(
-    [x for x in rows for _ in range(copies)]
+    [x for x in rows.values() for _ in range(copies)]
   )
 
   @jax.jit
@@ -90,7 +97,7 @@ def make(
       row[:length] for row, length in zip(written_BT, written_B, strict=True)
     ]
     if output_dir and jax.process_index() == 0:
-      shown = [prompt for prompt in prompts for _ in range(copies)]
+      shown = [prompt for prompt in rows for _ in range(copies)]
       _write(
         pathlib.Path(output_dir) / 'samples.txt',
         [a + text.decode(b) for a, b in zip(shown, found, strict=True)],
@@ -100,14 +107,24 @@ def make(
   return evaluate
 
 
-def _encoded(text, prompt):
-  try:
-    return text.encode(prompt)
-  except UserError as error:
-    raise UserError(
-      f'config.evaluators.after.samples.prompts: {prompt!r} cannot be written '
-      f'in this text ({error}): choose a prompt that can'
-    ) from error
+def _encoded(text, prompts):
+  """Tokens by prompt, of those that have them.
+
+  Raises:
+    UserError: none has.
+  """
+  found, errors = {}, []
+  for prompt in prompts:
+    try:
+      found[prompt] = text.encode(prompt)
+    except UserError as error:
+      errors.append(f'{prompt!r} cannot be written in this text ({error})')
+  if not found:
+    raise UserError(f'prompts: {"; ".join(errors)}: choose one that can')
+  # Prompts of a config are for its own text; another one may lack a letter.
+  for line in errors:
+    _log.warning('samples without a prompt: %s', line)
+  return found
 
 
 def _distinct(rows):

@@ -165,12 +165,22 @@ def test_repetition_is_counted(case):
   assert evaluate(stuck, jax.random.key(0)) == {'samples/distinct': 1 / 81}
 
 
+def test_a_prompt_that_the_text_lacks_is_left_out(case, tmp_path, caplog):
+  _, _, params = case
+  with caplog.at_level('WARNING', logger='recursive_weights'):
+    evaluate = sampler(case, prompts=('', 'aX'), output_dir=str(tmp_path))
+  assert "without a prompt: 'aX' cannot be written" in caplog.text
+  evaluate(params, jax.random.key(0))
+  texts = (tmp_path / 'samples.txt').read_text().split('\n' + '-' * 40 + '\n')
+  assert len(texts) == 3
+
+
 def test_samples_errors(case):
   task, model, _ = case
   with pytest.raises(UserError, match='language model'):
     samples.make(model._replace(decoder=None), task, LAST, batch_size=1)
-  with pytest.raises(UserError, match=r"after.samples.prompts: 'aX' .*'X'"):
-    sampler(case, prompts=('a', 'aX'))
+  with pytest.raises(UserError, match=r"prompts: 'aX' .*'X'.*; 'Y' "):
+    sampler(case, prompts=('aX', 'Y'))
   with pytest.raises(UserError, match='prompts'):
     sampler(case, prompts=())
   with pytest.raises(UserError, match='copies and count must be > 0, got 0'):

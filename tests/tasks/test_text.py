@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import hybrid_lm
+from recursive_weights import build, config
 from recursive_weights.interfaces import UserError
 from recursive_weights.tasks import _documents, text
 
@@ -284,6 +286,19 @@ def test_sources_and_short_texts(path, tmp_path):
   (tmp_path / 'x.txt').write_bytes(b'\xff\xfe')
   with pytest.raises(UserError, match="tokens='bytes'"):
     text.make(path=str(tmp_path), split_by='position')
+
+
+def test_a_text_too_short_to_train_may_be_evaluated(tmp_path):
+  (tmp_path / 'x.txt').write_text('The quick brown fox')
+  made = hybrid_lm.get_config('smoke,attention,bytes')
+  made.task.update(path=str(tmp_path), split_by='position')
+  data = config.to_data(made)
+  with pytest.raises(UserError, match='config: batch_size x length must be'):
+    build.build(data)
+  assert 'perplexity' in build.build(data, trains=False).after
+  # Nor need a phase be possible that training does not come to.
+  made.task.update(path='', curriculum=((0, 8), (6, 10**6)))
+  build.build(config.to_data(made))
 
 
 def test_the_library_is_what_python_ships(tmp_path, monkeypatch):

@@ -67,6 +67,7 @@ PLACES = (
   'task.validation_path',
   'task.test_path',
   'task.eval_path',
+  'task.cache',
 )
 
 
@@ -427,9 +428,15 @@ def best_folder(workdir: str | pathlib.Path, best: str, mode: str):
   """The checkpoint folder with the best value of metric `best`.
 
   Raises:
-    UserError: no checkpoint, or none that has the metric.
+    UserError: no checkpoint, no metric, or no checkpoint that has it.
   """
   parent = folders(workdir)[0].parent
+  if not best:
+    raise UserError(
+      f"the run in {workdir} chose no best checkpoint (checkpoint.best is ''): "
+      'leave out --best for the newest one, or give one of '
+      f'{parent}/STEP as --workdir'
+    )
   scores = _scores(parent, best)
   if not scores:
     raise UserError(f'no checkpoint in {workdir} has the metric {best!r}')

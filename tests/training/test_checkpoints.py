@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toy
 
+from recursive_weights import restore
 from recursive_weights.interfaces import UserError
 from recursive_weights.training import checkpoints, loop
 
@@ -127,6 +128,16 @@ def test_a_run_goes_on_where_its_data_have_moved(tmp_path):
     go_on('/there', 'b', 40)
 
 
+def test_a_cache_may_lie_elsewhere():
+  ours, theirs = (
+    toy.experiment().config
+    | {'task': {'name': 'toy', 'cache': place}, 'data_hash': {'train': 'a'}}
+    for place in ('runs/embeddings', '/tmp/embeddings')
+  )
+  assert checkpoints.differences(ours, theirs)
+  assert not checkpoints.foreign(ours, theirs)
+
+
 def test_another_shape_is_refused(run):
   saved, abstract = run
   wide = jax.tree.map(
@@ -147,6 +158,13 @@ def test_nothing_usable_is_an_error_not_a_fresh_start(run):
     truncate(saved.path(step))
   with pytest.raises(UserError, match='no usable checkpoint'):
     saved.restore_newest(abstract)
+
+
+def test_a_run_without_a_best_checkpoint_says_so(run, tmp_path):
+  with pytest.raises(UserError, match=r'chose no best .*: leave out --best'):
+    restore.workdir(tmp_path, best=True)
+  with pytest.raises(UserError, match="has the metric 'hope'"):
+    checkpoints.best_folder(tmp_path, 'hope', 'max')
 
 
 def test_no_checkpoint_says_so(tmp_path):

@@ -161,9 +161,6 @@ def test_a_slices_checkpoint_is_small(slices_sizes):
   assert state < sum(files) <= 60 * 2**20
 
 
-@pytest.mark.xfail(
-  strict=False, reason='orbax puts up to 19 MiB in a file, as threads come'
-)
 def test_files_of_a_slices_checkpoint_are_small(slices_sizes):
   """None above 16 MiB."""
   files, _ = slices_sizes

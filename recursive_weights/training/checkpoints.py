@@ -125,6 +125,11 @@ def _state(items: dict[str, Tree]) -> State:
   return State(**(items['rest'] | own))
 
 
+# Bytes at which a file of arrays is closed; what is on its way may follow, so
+# that files stay below 16 MiB, which is what some places take at most.
+FILE = 8 * 2**20
+
+
 class Refused(Exception):
   """A checkpoint that cannot be used, and why."""
 
@@ -194,7 +199,10 @@ class Checkpoints(NamedTuple):
       args=ocp.args.Composite(
         config=ocp.args.JsonSave(self.config),
         about=ocp.args.JsonSave(about),
-        **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+        **{
+          name: ocp.args.PyTreeSave(item, ocdbt_target_data_file_size=FILE)
+          for name, item in items.items()
+        },
       ),
     )
 
@@ -296,11 +304,11 @@ def open_folder(
     item_handlers={
       'config': ocp.JsonCheckpointHandler('config.json'),
       'about': ocp.JsonCheckpointHandler('about.json'),
-      'params': ocp.StandardCheckpointHandler(),
-      'ema': ocp.StandardCheckpointHandler(),
-      'carry': ocp.StandardCheckpointHandler(),
-      'rate': ocp.StandardCheckpointHandler(),
-      'rest': ocp.StandardCheckpointHandler(),
+      'params': ocp.PyTreeCheckpointHandler(),
+      'ema': ocp.PyTreeCheckpointHandler(),
+      'carry': ocp.PyTreeCheckpointHandler(),
+      'rate': ocp.PyTreeCheckpointHandler(),
+      'rest': ocp.PyTreeCheckpointHandler(),
     },
   )
   return Checkpoints(folder, manager, config, best, scores)

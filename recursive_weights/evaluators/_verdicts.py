@@ -97,8 +97,7 @@ def healthy() -> dict[str, dict[str, tuple[float, float]]]:
   """What trained models had that passed: least and greatest.
 
   By measure and component, '' for all components together; of the measures that
-  `MEASURED` has: those that are judged of states and components, and half-lives
-  by head.
+  `MEASURED` has.
   """
   found: dict[str, dict[str, tuple[float, float]]] = {}
   for run in json_files.read(MEASURED)['runs']:

@@ -24,11 +24,10 @@ def windows(task: Task, split: str, rows: int, tokens: int) -> np.ndarray:
   if len(first) < 2:
     longest = max(e - b for b, e in zip(begins, ends, strict=True))
     raise UserError(
-      'evaluators.after.state_gates.tokens (or during) must be so few that '
-      f'documents of {split} have two pieces of them and one more token, got '
-      f'{tokens}: the longest has {longest}. Choose a smaller multiple of 2 '
-      'chunks (of state_gates.chunk, which may be smaller too), or longer '
-      'documents'
+      f'tokens must be so few that documents of {split} have two pieces of '
+      f'them and one more token, got {tokens}: the longest has {longest}. '
+      'Choose a smaller multiple of 2 chunks (chunk may be smaller too), or '
+      'longer documents'
     )
   rows = min(rows, len(first))
   chosen = [first[i * len(first) // rows] for i in range(rows)]

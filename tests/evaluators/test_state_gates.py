@@ -354,7 +354,7 @@ def test_errors_of_the_user(task):
   with pytest.raises(UserError, match='tokens 100'):
     make(tokens=100)
   with pytest.raises(
-    UserError, match=r'after.state_gates.tokens .*got 320: the longest has 161'
+    UserError, match=r'tokens must be .*got 320: the longest has 161'
   ):
     make(tokens=320)
   with pytest.raises(UserError, match='batch_size x length must be at most'):

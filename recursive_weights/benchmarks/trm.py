@@ -56,8 +56,6 @@ KERNELS = {
   'cell': cell_half,
 }
 
-_SPLIT = {'columns': 128, 'stages': 4, 'ahead': True}
-
 # Tiles worth a measurement, as changes to the defaults. Forward and backward
 # settings are independent, so one entry tries one of each.
 SETTINGS: dict[str, list[dict]] = {
@@ -81,7 +79,7 @@ SETTINGS: dict[str, list[dict]] = {
     {'down': False, 'norm_rows': 32, 'norm_warps': 8},
     {'norm_back': True},
     {'norm_back': True, 'norm_rows': 4},
-    {'wide': {'keep': False, 'split': True, 'backward': _SPLIT}},
+    {'wide': {'keep': False, 'backward': {'ahead': True}}},
     {'wide': {'gated': {'stages': 4, 'ahead': False}}},
     {'wide': {'cluster': 2}},
     {'wide': {'cluster': 2, 'keep': False}},

@@ -43,18 +43,16 @@ class Plan(NamedTuple):
   """Tiles of the kernels.
 
   keep: gate and up are kept for the backward pass, which then has one product
-  (`kept`) for three (`backward`); None: as the caller finds best. split: the
-  backward one contracts x and the gradient one after the other, so that more
-  steps are in flight. cluster: 2 for blocks that share weights, where their
-  tiles of rows are an even number. blocks: of a launch; 0 for as many as the
-  device has multiprocessors. interpret: for `plgpu.kernel`.
+  (`kept`) for three (`backward`); None: as the caller finds best. cluster: 2
+  for blocks that share weights, where their tiles of rows are an even number.
+  blocks: of a launch; 0 for as many as the device has multiprocessors.
+  interpret: for `plgpu.kernel`.
   """
 
   gated: Tiles = Tiles(stages=4, ahead=True)
   backward: Tiles = Tiles(columns=64)
   kept: Tiles = Tiles(stages=4, ahead=True)
   keep: bool | None = None
-  split: bool = False
   cluster: int = 1
   blocks: int = 0
   interpret: Any = False
@@ -187,10 +185,9 @@ class _Loop(NamedTuple):
       jax.lax.fori_loop(0, mine, body, 0)
       plgpu.wait_smem_to_gmem(0)
 
-  def contract(self, number, issue, products, first=0, last=None):
-    """`issue(slot)` for some steps, as their tiles come in."""
+  def contract(self, number, issue, products):
+    """`issue(slot)` for all steps of a tile, as what they need comes in."""
     stages = self.tiles.stages
-    last = self.steps if last is None else last
 
     def body(step, carry):
       at = number * self.steps + step
@@ -203,17 +200,17 @@ class _Loop(NamedTuple):
         return carry
       plgpu.wgmma_wait(products)
 
-      @pl.when(step > first)
+      @pl.when(step > 0)
       def _release():
         before = jax.lax.rem(at + stages - 1, stages)
         plgpu.barrier_arrive(self.empty.at[before])
 
       return carry
 
-    jax.lax.fori_loop(first, last, body, 0)
+    jax.lax.fori_loop(0, self.steps, body, 0)
     if self.tiles.ahead:
       plgpu.wgmma_wait(0)
-      slot = jax.lax.rem(number * self.steps + last - 1, stages)
+      slot = jax.lax.rem((number + 1) * self.steps - 1, stages)
       plgpu.barrier_arrive(self.empty.at[slot])
 
 
@@ -325,61 +322,37 @@ def gated_backward(
   steps = width // tiles.width
 
   def block(x_gmem, dr_gmem, gate_gmem, up_gmem, down_gmem, both_gmem, h_gmem):
-    def scoped(left, gates, ups, outs, full, empty, right=None, downs=None):
-      turns = 2 if plan.split else 1
-      loop = _Loop(grid, turns * steps, tiles, cluster, full, empty)
+    def scoped(xs, drs, gates, ups, downs, outs, full, empty):
+      loop = _Loop(grid, steps, tiles, cluster, full, empty)
       group = jax.lax.axis_index('group')
-      mine = pl.ds(group * half, half)
 
       def fetch(number, step, slot):
         row, column = loop.place(number)
-        inner = pl.ds(jax.lax.rem(step, steps) * tiles.width, tiles.width)
+        inner = pl.ds(step * tiles.width, tiles.width)
         outer = pl.ds(column, tiles.columns)
         rows = pl.ds(row, tiles.rows)
-
-        def weights(gmem, smem):
+        for gmem, smem in ((x_gmem, xs), (dr_gmem, drs)):
+          loop.copy(gmem.at[rows, inner], smem.at[slot], slot)
+        for gmem, smem in (
+          (gate_gmem, gates),
+          (up_gmem, ups),
+          (down_gmem, downs),
+        ):
           loop.copy(gmem.at[inner, outer], smem.at[slot], slot, shared=True)
-
-        def forward():
-          loop.copy(x_gmem.at[rows, inner], left.at[slot], slot)
-          weights(gate_gmem, gates)
-          weights(up_gmem, ups)
-
-        if not plan.split:
-          forward()
-          loop.copy(dr_gmem.at[rows, inner], right.at[slot], slot)
-          weights(down_gmem, downs)
-          return
-        pl.when(step < steps)(forward)
-
-        @pl.when(step >= steps)
-        def _gradient():
-          # In halves: every turn announces three copies.
-          for first in (0, half):
-            part = dr_gmem.at[pl.ds(row + first, half), inner]
-            loop.copy(part, left.at[slot, pl.ds(first, half)], slot)
-          weights(down_gmem, gates)
 
       def tile(number):
         row, column = loop.place(number)
 
         def accumulate(gate_acc, up_acc, dh_acc):
-          def both(slot):
-            plgpu.wgmma(gate_acc, left.at[slot, mine], gates.at[slot])
-            plgpu.wgmma(up_acc, left.at[slot, mine], ups.at[slot])
+          def issue(slot):
+            x, dr = (
+              smem.at[slot, pl.ds(group * half, half)] for smem in (xs, drs)
+            )
+            plgpu.wgmma(gate_acc, x, gates.at[slot])
+            plgpu.wgmma(up_acc, x, ups.at[slot])
+            plgpu.wgmma(dh_acc, dr, downs.at[slot])
 
-          def gradient(slot):
-            plgpu.wgmma(dh_acc, left.at[slot, mine], gates.at[slot])
-
-          def together(slot):
-            both(slot)
-            plgpu.wgmma(dh_acc, right.at[slot, mine], downs.at[slot])
-
-          if plan.split:
-            loop.contract(number, both, 2, 0, steps)
-            loop.contract(number, gradient, 1, steps)
-          else:
-            loop.contract(number, together, 3)
+          loop.contract(number, issue, 3)
           u, v, dh = gate_acc[...], up_acc[...], dh_acc[...]
           rows = pl.ds(row + group * half, half)
           du, dv, h = tiling.swiglu_backward(u, v, dh)
@@ -399,19 +372,17 @@ def gated_backward(
     def stage(*shape):
       return _memory(*shape, dtype, tiles.stages)
 
-    memory = {
-      'left': stage(tiles.rows, tiles.width),
-      'gates': stage(tiles.width, tiles.columns),
-      'ups': stage(tiles.width, tiles.columns),
-      'outs': _memory(half, tiles.columns, dtype, 2),
-    }
-    if not plan.split:
-      memory |= {
-        'right': stage(tiles.rows, tiles.width),
-        'downs': stage(tiles.width, tiles.columns),
-      }
-    barriers = _barriers(tiles.stages, 3 if plan.split else 5, cluster)
-    pl.run_scoped(scoped, **memory, **barriers, collective_axes='group')
+    pl.run_scoped(
+      scoped,
+      xs=stage(tiles.rows, tiles.width),
+      drs=stage(tiles.rows, tiles.width),
+      gates=stage(tiles.width, tiles.columns),
+      ups=stage(tiles.width, tiles.columns),
+      downs=stage(tiles.width, tiles.columns),
+      outs=_memory(half, tiles.columns, dtype, 2),
+      **_barriers(tiles.stages, 5, cluster),
+      collective_axes='group',
+    )
 
   out_type = (
     jax.ShapeDtypeStruct((total, 2 * hidden), dtype),

@@ -68,12 +68,12 @@ def test_gated_unit_of_two_products(ahead, cluster):
 
 @pytest.mark.long
 @CLUSTERS
-@pytest.mark.parametrize('split', [False, True])
-def test_gradients_of_the_gated_unit(split, cluster):
+@pytest.mark.parametrize('ahead', [False, True])
+def test_gradients_of_the_gated_unit(ahead, cluster):
   weights, x_ND, dr_ND = arrays(cluster)
-  tiles = wide_product.Tiles(columns=64, stages=2, ahead=split)
+  tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
   both, hidden = wide_product.gated_backward(
-    *weights, x_ND, dr_ND, plan(cluster, backward=tiles, split=split)
+    *weights, x_ND, dr_ND, plan(cluster, backward=tiles)
   )
   dgate, dup, h = exact(weights, x_ND, dr_ND)
   assert distance(both, jnp.concatenate([dgate, dup], 1)) < 3e-3

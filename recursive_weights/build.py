@@ -391,10 +391,9 @@ def build(
     lambda: optimizers.make(shapes, train['steps'], **config['optimizer'])
   )
   parts = model, tasks[0], objective, output_dir
-  evaluators = {
-    when: attempt(build_evaluators, config, when, *parts)
-    for when in ('during', 'after')
-  }
+  evaluators: dict[str, Any] = {'during': {}}
+  for when in ('during', 'after') if trains else ('after',):
+    evaluators[when] = attempt(build_evaluators, config, when, *parts)
   every = attempt(build_federation, config, *parts)
   conclude()
   optimizer, schedule = made

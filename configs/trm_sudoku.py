@@ -147,7 +147,7 @@ on two H200.) So what limits the mixer changes: with decay 1 it does not learn
 its 1,000 puzzles (.73 of the training rows), with .4 it learns them by heart
 (.99) and validation gains .03 in the last half of the run.
 
-What it knows by heart it does not unlearn. Trained on once more with decay .7
+Weights that know them by heart did not unlearn it so. Trained on with decay .7
 and the half over the cells 512 wide, as with 97 places (each of its units
 twice, with noise of a tenth of the weights' spread;
 --config.model.multiple=512, 4,978,689 parameters), seed 3, 20,000 steps, else
@@ -166,8 +166,6 @@ All are short of the .86 in 16 steps and .93 in 64 that others have on
 Sudoku-Extreme. The set, the moments and the emptied slots differ, and so does
 the half over the cells: 81 places make it 256 wide where 97 make it 512
 (--config.model.multiple=512 does here). Which of these matters was not tried.
-(The symmetric cell by others' recipe, run 2 above, is as far behind theirs,
-.871 and .954, so the set may well be the harder one.)
 After as many rows (7 million, 9,000 steps of the mixer) the symmetric cell had
 .758 of the validation puzzles where the mixer has .053.
 The attention cell is NOT TRAINED YET.

@@ -148,9 +148,8 @@ class _Head(NamedTuple):
 
   @property
   def _start(self):
-    return (
-      0 * self.head
-    )  # known only when run, so that it may reach past the end
+    # Known only when run, so that what begins there may reach past the end.
+    return 0 * self.head
 
   def pair(self, ref, which, turn):
     """The halves of its queries or keys, turned together."""

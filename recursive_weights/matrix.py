@@ -171,13 +171,14 @@ def best_rate(module, member: str, folder, overrides) -> float:
 
 def run(module, member: str, workdir: pathlib.Path, overrides, fields) -> None:
   """Trains a member to its end, from where it is."""
+  from recursive_weights import compare
   from recursive_weights.interfaces import UserError
   from recursive_weights.training import loop
 
   _log.info('%s', workdir)
   experiment = build(module, member, overrides, workdir, **fields)
   loop.run(experiment, str(workdir))
-  if not (workdir / 'results.json').exists():
+  if not compare.finished(workdir):
     raise UserError(
       f'{workdir} was interrupted; the same command goes on from there'
     )

@@ -1,9 +1,10 @@
 """Attention over few tokens as one kernel (Pallas, Triton).
 
-A program takes heads of one example, one after the other. It reads a head's
-queries, keys and values where the projection wrote them, tokens first, turns
-them, and writes what was seen where the output projection reads it: no
-transposes, and no scores in memory. The backward pass makes the scores again.
+A program takes a head of an example. It reads its queries, keys and values
+where the projection wrote them, tokens first, turns them, and writes what was
+seen where the output projection reads it: no transposes, and no scores in
+memory. A program of the backward pass, which makes the scores again, takes
+heads one after the other.
 """
 
 import functools
@@ -23,15 +24,13 @@ from recursive_weights.models.kernels import channel_half, tiling
 class Tiles(NamedTuple):
   """How the work is cut.
 
-  heads: that a program takes, a divisor of all; the next one is then on its way
-  while one is worked on. warps: of a program. stages: heads on their way and at
-  work. `back_*`: the same of the backward pass.
+  warps: of a program. `back_*`: of one of the backward pass, which takes as
+  many heads as divide them all, `back_heads` at most, `back_stages` of them on
+  their way or at work.
   """
 
-  heads: int = 1
   warps: int = 8
-  stages: int = 2
-  back_heads: int = 1
+  back_heads: int = 8
   back_warps: int = 8
   back_stages: int = 2
 
@@ -66,7 +65,7 @@ def apply(
     interpret: run without a GPU, slowly; None: where there is none.
 
   Raises:
-    ValueError: sizes that `fits` refuses, or tiles that do not divide them.
+    ValueError: sizes that `fits` refuses.
   """
   tokens, batch, width = x_TBD.shape
   if not fits(tokens, width, heads):
@@ -76,11 +75,7 @@ def apply(
     )
   if interpret is None:
     interpret = jax.default_backend() != 'gpu'
-  tiles = tiles or Tiles()
-  for each in (tiles.heads, tiles.back_heads):
-    if heads % each:
-      raise ValueError(f'{each} heads of a program must divide {heads} in all')
-  plan = _Plan(batch, heads, tiles, interpret)
+  plan = _Plan(batch, heads, tiles or Tiles(), interpret)
   qkv_TBE = x_TBD @ params['qkv'].astype(x_TBD.dtype)
   half = width // heads // 2
   if turn is not None:
@@ -165,20 +160,6 @@ class _Head(NamedTuple):
     return [self.load(ref, self._start, ref.shape[1]) for ref in refs]
 
 
-def _over_heads(body, heads, half, each):
-  """`body(head)` of all heads of a program."""
-  first, example = pl.program_id(0) * each, pl.program_id(1)
-
-  def run(index, carry):
-    body(_Head(example, first + index, heads, half))
-    return carry
-
-  if each == 1:
-    run(0, 0)
-  else:
-    jax.lax.fori_loop(0, each, run, 0)
-
-
 def _padded(total):
   return max(16, pl.next_power_of_2(total))
 
@@ -212,36 +193,31 @@ def _shares(q, k, total):
   return e, 1 / e.sum(1)
 
 
-def _forward_kernel(qkv_ref, *refs, heads, half, each):
+def _forward_kernel(qkv_ref, *refs, heads, half):
   *turn_refs, seen_ref = refs
-
-  def body(head):
-    turn = head.angles(turn_refs)
-    k = head.pair(qkv_ref, 1, turn)
-    v = head.values(qkv_ref)
-    q = head.pair(qkv_ref, 0, turn)
-    e, norm = _shares(q, k, qkv_ref.shape[0])
-    seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
-    head.store(seen_ref, head.first(0, 1), seen)
-
-  _over_heads(body, heads, half, each)
+  head = _Head(pl.program_id(1), pl.program_id(0), heads, half)
+  turn = head.angles(turn_refs)
+  k = head.pair(qkv_ref, 1, turn)
+  v = head.values(qkv_ref)
+  q = head.pair(qkv_ref, 0, turn)
+  e, norm = _shares(q, k, qkv_ref.shape[0])
+  seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
+  head.store(seen_ref, head.first(0, 1), seen)
 
 
-def _sizes(qkv_TN, plan, each):
+def _sizes(qkv_TN, plan):
   half = qkv_TN.shape[1] // (plan.batch * 3 * plan.heads * 2)
-  return {'heads': plan.heads, 'half': half, 'each': each}
+  return {'heads': plan.heads, 'half': half}
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _forward(qkv_TN, turn, plan):
-  (tokens, columns), tiles = qkv_TN.shape, plan.tiles
+  tokens, columns = qkv_TN.shape
   return pl.pallas_call(
-    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan, tiles.heads)),
+    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan)),
     out_shape=jax.ShapeDtypeStruct((tokens, columns // 3), qkv_TN.dtype),
-    grid=(plan.heads // tiles.heads, plan.batch),
-    compiler_params=plgpu.CompilerParams(
-      num_warps=tiles.warps, num_stages=tiles.stages
-    ),
+    grid=(plan.heads, plan.batch),
+    compiler_params=plgpu.CompilerParams(num_warps=plan.tiles.warps),
     interpret=plan.interpret,
     name='attention_forward',
   )(qkv_TN, *(turn or ()))
@@ -250,8 +226,10 @@ def _forward(qkv_TN, turn, plan):
 def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, each):
   *turn_refs, dqkv_ref = refs
   dtype = qkv_ref.dtype
+  first, example = pl.program_id(0) * each, pl.program_id(1)
 
-  def body(head):
+  def body(index, carry):
+    head = _Head(example, first + index, heads, half)
     turn = head.angles(turn_refs)
     k = head.pair(qkv_ref, 1, turn)
     v = head.values(qkv_ref)
@@ -271,19 +249,20 @@ def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, each):
     store(1, tuple(tiling.dot(dscore.T, x) for x in q))
     dv = tiling.dot(share.astype(dtype).T, g)
     head.store(dqkv_ref, head.first(2), dv)
+    return carry
 
-  _over_heads(body, heads, half, each)
+  # In a loop the next head is on its way while one is worked on.
+  jax.lax.fori_loop(0, each, body, 0)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def _backward(qkv_TN, turn, g_TN, plan):
-  tiles = plan.tiles
+  tiles, heads = plan.tiles, plan.heads
+  each = max(n for n in range(1, tiles.back_heads + 1) if heads % n == 0)
   return pl.pallas_call(
-    functools.partial(
-      _backward_kernel, **_sizes(qkv_TN, plan, tiles.back_heads)
-    ),
+    functools.partial(_backward_kernel, **_sizes(qkv_TN, plan), each=each),
     out_shape=jax.ShapeDtypeStruct(qkv_TN.shape, qkv_TN.dtype),
-    grid=(plan.heads // tiles.back_heads, plan.batch),
+    grid=(heads // each, plan.batch),
     compiler_params=plgpu.CompilerParams(
       num_warps=tiles.back_warps, num_stages=tiles.back_stages
     ),

@@ -35,10 +35,10 @@ class Tiles(NamedTuple):
   warps, stages: of a program, and of its loads in flight. `back_*`: the same
   of the backward pass; `down_*`: of the down projection, whose tile has all
   columns. down: whether that is a kernel too, else `norm_*` are of the residual
-  and the norm alone; None: where the width is less than `WIDE`. norm_back:
-  whether the norm's backward pass is a kernel, `norm_*` too. wide: the plan
-  of the kernels for Hopper GPUs, which take the place of these in 16-bit types
-  where sizes are whole tiles of theirs; None for never.
+  and the norm alone; None: where the width is less than `WIDE`. `norm_*` are
+  also of the norm's backward pass. wide: the plan of the kernels for Hopper
+  GPUs, which take the place of these in 16-bit types where sizes are whole
+  tiles of theirs; None for never.
   """
 
   rows: int = 128
@@ -56,9 +56,8 @@ class Tiles(NamedTuple):
   down_width: int = 64
   down_warps: int = 8
   down_stages: int = 3
-  norm_rows: int = 16
+  norm_rows: int = 8
   norm_warps: int = 4
-  norm_back: bool = False
   wide: wide_product.Plan | None = wide_product.Plan()
 
 
@@ -145,7 +144,7 @@ def _project_forward(down_FD, hidden_NF, x_ND, tiles, interpret):
 
 def _project_backward(tiles, interpret, saved, g_ND):
   down_FD, hidden_NF, y_ND, scale_N = saved
-  dr_ND = _norm_backward(y_ND, scale_N, g_ND, tiles, interpret)
+  dr_ND = _norm_back(y_ND, scale_N, g_ND, tiles, interpret)
   dhidden_NF = dr_ND @ down_FD.astype(dr_ND.dtype).T
   ddown_FD = tiling.over_rows(hidden_NF, dr_ND).astype(down_FD.dtype)
   return ddown_FD, dhidden_NF, dr_ND
@@ -160,16 +159,6 @@ def _projected(down_FD, hidden_NF, x_ND, tiles, interpret):
   if tiles.down:
     return _down(hidden_NF, down_FD, x_ND, tiles, interpret)
   return _norm(hidden_NF @ down_FD, x_ND, tiles, interpret)
-
-
-def _norm_backward(y_ND, scale_N, g_ND, tiles, interpret):
-  """`dr = s (g - y mean(g y))` of y = r s, s = (mean r^2 + eps)^(-1/2)."""
-  if tiles.norm_back:
-    return _norm_back(y_ND, scale_N, g_ND, tiles, interpret)
-  dtype = y_ND.dtype
-  g_ND, y_ND = g_ND.astype(jnp.float32), y_ND.astype(jnp.float32)
-  mean_N1 = (g_ND * y_ND).mean(1, keepdims=True)
-  return (scale_N[:, None] * (g_ND - y_ND * mean_N1)).astype(dtype)
 
 
 def _fit(tiles, width, hidden):
@@ -207,7 +196,7 @@ def _mix_forward(params, x_ND, tiles, interpret):
 def _mix_backward(tiles, interpret, saved, g_ND):
   params, x_ND, y_ND, scale_N, kept = saved
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
-  dr_ND = _norm_backward(y_ND, scale_N, g_ND, tiles, interpret)
+  dr_ND = _norm_back(y_ND, scale_N, g_ND, tiles, interpret)
   weights = gate_DF, up_DF, down_FD
   if kept:
     dgate_up_N2F, hidden_NF = wide_product.kept_backward(
@@ -364,6 +353,7 @@ def _norm_back_kernel(y_ref, scale_ref, g_ref, dr_ref, *, tiles):
 
 @functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def _norm_back(y_ND, scale_N, g_ND, tiles, interpret):
+  """`dr = s (g - y mean(g y))` of y = r s, s = (mean r^2 + eps)^(-1/2)."""
   return pl.pallas_call(
     functools.partial(_norm_back_kernel, tiles=tiles),
     out_shape=jax.ShapeDtypeStruct(y_ND.shape, y_ND.dtype),

@@ -2,9 +2,7 @@
 
 Of the three warpgroups of a block two multiply and one fetches tiles through
 the copy engine. A block goes through all its tiles in one loop, so that the
-next tile is on its way while one is finished. Two blocks of a cluster may take
-the same columns of neighbouring rows and fetch half of the weights each, for
-both (`Plan.cluster`). The gated unit is applied to the
+next tile is on its way while one is finished. The gated unit is applied to the
 accumulators: gate and up are written nowhere, or (`Plan.keep`) once, for the
 backward pass.
 """
@@ -43,17 +41,15 @@ class Plan(NamedTuple):
   """Tiles of the kernels.
 
   keep: gate and up are kept for the backward pass, which then has one product
-  (`kept`) for three (`backward`); None: as the caller finds best. cluster: 2
-  for blocks that share weights, where their tiles of rows are an even number.
-  blocks: of a launch; 0 for as many as the device has multiprocessors.
-  interpret: for `plgpu.kernel`.
+  (`kept`) for three (`backward`); None: as the caller finds best. blocks: of a
+  launch; 0 for as many as the device has multiprocessors. interpret: for
+  `plgpu.kernel`.
   """
 
   gated: Tiles = Tiles(stages=4, ahead=True)
   backward: Tiles = Tiles(columns=64)
   kept: Tiles = Tiles(stages=4, ahead=True)
   keep: bool | None = None
-  cluster: int = 1
   blocks: int = 0
   interpret: Any = False
 
@@ -85,17 +81,13 @@ def _memory(rows, columns, dtype, *slots):
   return plgpu.SMEM((*slots, rows, columns), dtype, transforms=transforms)
 
 
-def _launch(block, out_type, plan, cluster, *args):
+def _launch(block, out_type, plan, *args):
   blocks = plan.blocks or getattr(jax.devices()[0], 'core_count', 132)
-  together = {}
-  if cluster > 1:
-    together = {'cluster': (cluster,), 'cluster_names': ('cluster',)}
   return plgpu.kernel(
     block,
     out_type=out_type,
-    grid=(blocks // cluster,),
+    grid=(blocks,),
     grid_names=('block',),
-    **together,
     num_threads=3,
     thread_name='group',
     compiler_params=plgpu.CompilerParams(
@@ -105,22 +97,12 @@ def _launch(block, out_type, plan, cluster, *args):
   )(*args)
 
 
-def _cluster(plan: Plan, rows: int, tiles: Tiles) -> int:
-  """Blocks that share weights: their tiles of rows are whole clusters."""
-  return plan.cluster if rows // tiles.rows % plan.cluster == 0 else 1
-
-
 class _Loop(NamedTuple):
-  """The tiles of a block: `grid` of them in all, `steps` products in each.
-
-  A tile of the grid is `cluster` tiles of rows, one for each block of a
-  cluster.
-  """
+  """The tiles of a block: `grid` of them in all, `steps` products in each."""
 
   grid: tuple[int, int]
   steps: int
   tiles: Tiles
-  cluster: int
   full: Any
   empty: Any
 
@@ -128,18 +110,8 @@ class _Loop(NamedTuple):
     """Row and column of a block's tile; neighbours share rows."""
     blocks = jax.lax.axis_size('block')
     index = jax.lax.axis_index('block') + number * blocks
-    row = jax.lax.div(index, self.grid[1])
-    if self.cluster > 1:
-      row = row * self.cluster + jax.lax.axis_index('cluster')
-    column = jax.lax.rem(index, self.grid[1]) * self.tiles.columns
-    return row * self.tiles.rows, column
-
-  def copy(self, gmem, smem, slot, shared=False):
-    """Fetches a step's tile, `shared` by the blocks of a cluster."""
-    axes = {}
-    if shared and self.cluster > 1:
-      axes = {'collective_axes': 'cluster'}
-    plgpu.copy_gmem_to_smem(gmem, smem, self.full.at[slot], **axes)
+    row = jax.lax.div(index, self.grid[1]) * self.tiles.rows
+    return row, jax.lax.rem(index, self.grid[1]) * self.tiles.columns
 
   def run(self, fetch: Callable, tile: Callable) -> None:
     """`fetch(number, step, slot)` and `tile(number)`, all of a block."""
@@ -214,16 +186,10 @@ class _Loop(NamedTuple):
       plgpu.barrier_arrive(self.empty.at[slot])
 
 
-def _barriers(stages, copies, cluster):
-  """`empty`: of all blocks that fetch into a slot."""
-  empty = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-  if cluster > 1:
-    empty = plgpu.ClusterBarrier(
-      collective_axes=('cluster',), num_arrivals=2, num_barriers=stages
-    )
+def _barriers(stages, copies):
   return {
     'full': plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-    'empty': empty,
+    'empty': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
   }
 
 
@@ -244,13 +210,11 @@ def gated(
   tiles = plan.gated
   (total, width), hidden = x_ND.shape, gate_DF.shape[1]
   dtype, half = x_ND.dtype, tiles.rows // 2
-  cluster = _cluster(plan, total, tiles)
-  grid = total // tiles.rows // cluster, hidden // tiles.columns
+  grid = total // tiles.rows, hidden // tiles.columns
 
   def block(x_gmem, gate_gmem, up_gmem, out_gmem, both_gmem=None):
     def scoped(xs, gates, ups, outs, full, empty):
-      steps = width // tiles.width
-      loop = _Loop(grid, steps, tiles, cluster, full, empty)
+      loop = _Loop(grid, width // tiles.width, tiles, full, empty)
       group = jax.lax.axis_index('group')
 
       def fetch(number, step, slot):
@@ -258,9 +222,13 @@ def gated(
         inner = pl.ds(step * tiles.width, tiles.width)
         outer = pl.ds(column, tiles.columns)
         rows = pl.ds(row, tiles.rows)
-        loop.copy(x_gmem.at[rows, inner], xs.at[slot], slot)
+        plgpu.copy_gmem_to_smem(
+          x_gmem.at[rows, inner], xs.at[slot], full.at[slot]
+        )
         for gmem, smem in ((gate_gmem, gates), (up_gmem, ups)):
-          loop.copy(gmem.at[inner, outer], smem.at[slot], slot, shared=True)
+          plgpu.copy_gmem_to_smem(
+            gmem.at[inner, outer], smem.at[slot], full.at[slot]
+          )
 
       def tile(number):
         row, column = loop.place(number)
@@ -293,15 +261,14 @@ def gated(
       gates=_memory(tiles.width, tiles.columns, dtype, tiles.stages),
       ups=_memory(tiles.width, tiles.columns, dtype, tiles.stages),
       outs=_memory(half, tiles.columns, dtype, 2),
-      **_barriers(tiles.stages, 3, cluster),
+      **_barriers(tiles.stages, 3),
       collective_axes='group',
     )
 
   out_type = [jax.ShapeDtypeStruct((total, hidden), dtype)]
   if keep:
     out_type += [jax.ShapeDtypeStruct((total, 2 * hidden), dtype)]
-  args = x_ND, gate_DF, up_DF
-  return _launch(block, tuple(out_type), plan, cluster, *args)
+  return _launch(block, tuple(out_type), plan, x_ND, gate_DF, up_DF)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -317,13 +284,12 @@ def gated_backward(
   tiles = plan.backward
   (total, width), hidden = x_ND.shape, gate_DF.shape[1]
   dtype, half = x_ND.dtype, tiles.rows // 2
-  cluster = _cluster(plan, total, tiles)
-  grid = total // tiles.rows // cluster, hidden // tiles.columns
+  grid = total // tiles.rows, hidden // tiles.columns
   steps = width // tiles.width
 
   def block(x_gmem, dr_gmem, gate_gmem, up_gmem, down_gmem, both_gmem, h_gmem):
     def scoped(xs, drs, gates, ups, downs, outs, full, empty):
-      loop = _Loop(grid, steps, tiles, cluster, full, empty)
+      loop = _Loop(grid, steps, tiles, full, empty)
       group = jax.lax.axis_index('group')
 
       def fetch(number, step, slot):
@@ -331,14 +297,14 @@ def gated_backward(
         inner = pl.ds(step * tiles.width, tiles.width)
         outer = pl.ds(column, tiles.columns)
         rows = pl.ds(row, tiles.rows)
-        for gmem, smem in ((x_gmem, xs), (dr_gmem, drs)):
-          loop.copy(gmem.at[rows, inner], smem.at[slot], slot)
-        for gmem, smem in (
-          (gate_gmem, gates),
-          (up_gmem, ups),
-          (down_gmem, downs),
+        for gmem, smem, at in (
+          (x_gmem, xs, (rows, inner)),
+          (dr_gmem, drs, (rows, inner)),
+          (gate_gmem, gates, (inner, outer)),
+          (up_gmem, ups, (inner, outer)),
+          (down_gmem, downs, (inner, outer)),
         ):
-          loop.copy(gmem.at[inner, outer], smem.at[slot], slot, shared=True)
+          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], full.at[slot])
 
       def tile(number):
         row, column = loop.place(number)
@@ -380,7 +346,7 @@ def gated_backward(
       ups=stage(tiles.width, tiles.columns),
       downs=stage(tiles.width, tiles.columns),
       outs=_memory(half, tiles.columns, dtype, 2),
-      **_barriers(tiles.stages, 5, cluster),
+      **_barriers(tiles.stages, 5),
       collective_axes='group',
     )
 
@@ -389,7 +355,7 @@ def gated_backward(
     jax.ShapeDtypeStruct((total, hidden), dtype),
   )
   args = x_ND, dr_ND, gate_DF, up_DF, down_FD.T
-  return _launch(block, out_type, plan, cluster, *args)
+  return _launch(block, out_type, plan, *args)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -400,25 +366,25 @@ def kept_backward(
   tiles = plan.kept
   (total, width), hidden = dr_ND.shape, down_FD.shape[0]
   dtype, half = dr_ND.dtype, tiles.rows // 2
-  cluster = _cluster(plan, total, tiles)
-  grid = total // tiles.rows // cluster, hidden // tiles.columns
+  grid = total // tiles.rows, hidden // tiles.columns
   steps = width // tiles.width
   # By this step of a tile the one before is left, without waiting for it.
   late = min(tiles.stages, steps - 1)
 
   def block(dr_gmem, down_gmem, both_gmem, dboth_gmem, h_gmem):
     def scoped(left, downs, kept, outs, full, empty, ready, free):
-      loop = _Loop(grid, steps, tiles, cluster, full, empty)
+      loop = _Loop(grid, steps, tiles, full, empty)
       group = jax.lax.axis_index('group')
 
       def fetch(number, step, slot):
         row, column = loop.place(number)
         inner = pl.ds(step * tiles.width, tiles.width)
         outer = pl.ds(column, tiles.columns)
-        rows = pl.ds(row, tiles.rows)
-        loop.copy(dr_gmem.at[rows, inner], left.at[slot], slot)
-        weights = down_gmem.at[inner, outer]
-        loop.copy(weights, downs.at[slot], slot, shared=True)
+        for gmem, at, smem in (
+          (dr_gmem, (pl.ds(row, tiles.rows), inner), left),
+          (down_gmem, (inner, outer), downs),
+        ):
+          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], full.at[slot])
 
         @pl.when(step == late)
         def _products():
@@ -473,7 +439,7 @@ def kept_backward(
       outs=_memory(half, tiles.columns, dtype, 2),
       ready=plgpu.Barrier(num_arrivals=4),
       free=plgpu.Barrier(num_arrivals=2),
-      **_barriers(tiles.stages, 2, cluster),
+      **_barriers(tiles.stages, 2),
       collective_axes='group',
     )
 
@@ -481,5 +447,4 @@ def kept_backward(
     jax.ShapeDtypeStruct((total, 2 * hidden), dtype),
     jax.ShapeDtypeStruct((total, hidden), dtype),
   )
-  args = dr_ND, down_FD.T, both_N2F
-  return _launch(block, out_type, plan, cluster, *args)
+  return _launch(block, out_type, plan, dr_ND, down_FD.T, both_N2F)

@@ -36,7 +36,7 @@ def setup(tokens, batch, width, hidden, dtype):
 )
 def test_fused_is_plain_in_float32(tokens, batch, width, down):
   case = setup(tokens, batch, width, 96, jnp.float32)
-  tiles = TILES._replace(down=down, norm_back=not down)
+  tiles = TILES._replace(down=down)
   fused = functools.partial(channel_half.apply, tiles=tiles, interpret=True)
   kernel_laws.check_is_plain(fused, trm_block.channel_half, case)
 
@@ -52,7 +52,7 @@ def check_rounding(case, tiles):
 @pytest.mark.parametrize('down', [False, True])
 def test_fused_in_bfloat16_is_as_far_from_float32_as_plain(down):
   case = setup(16, 4, 64, 96, jnp.bfloat16)
-  check_rounding(case, TILES._replace(down=down, norm_back=not down))
+  check_rounding(case, TILES._replace(down=down))
 
 
 @pytest.mark.long

@@ -9,37 +9,29 @@ from recursive_weights.models.layers import trm_block
 
 params = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
 
-# Blocks that share no whole number of tiles: three tiles for two blocks, or for
-# two clusters of two blocks each.
+# Blocks that share no whole number of tiles: three tiles for two blocks.
 ROWS, WIDTH, HIDDEN = 128, 128, 192
-# The simulator knows barriers of clusters from jax 0.11 on.
-NEW = jax.__version_info__ >= (0, 11)
-CLUSTERS = pytest.mark.parametrize(
-  'cluster',
-  [1, pytest.param(2, marks=pytest.mark.skipif(not NEW, reason='jax < 0.11'))],
-)
 
 
-def plan(cluster, **changes):
+def plan(**changes):
   small = wide_product.Tiles(columns=64, stages=2)
   return wide_product.Plan(
     gated=small,
     backward=small,
     kept=small,
-    cluster=cluster,
-    blocks=2 * cluster,
+    blocks=2,
     interpret=params.InterpretGPUParams(),
   )._replace(**changes)
 
 
-def arrays(cluster):
+def arrays():
   keys = jax.random.split(jax.random.key(0), 3)
   weights = trm_block.swiglu_init(keys[0], WIDTH, HIDDEN)
   weights = tuple(
     weights[name].astype(jnp.bfloat16) for name in ('gate', 'up', 'down')
   )
   x_ND, dr_ND = (
-    jax.random.normal(key, (ROWS * cluster, WIDTH)).astype(jnp.bfloat16)
+    jax.random.normal(key, (ROWS, WIDTH)).astype(jnp.bfloat16)
     for key in keys[1:]
   )
   return weights, x_ND, dr_ND
@@ -56,41 +48,37 @@ def distance(a, b):
 
 
 @pytest.mark.long
-@CLUSTERS
 @pytest.mark.parametrize('ahead', [False, True])
-def test_gated_unit_of_two_products(ahead, cluster):
-  weights, x_ND, dr_ND = arrays(cluster)
+def test_gated_unit_of_two_products(ahead):
+  weights, x_ND, dr_ND = arrays()
   tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
-  tiled = plan(cluster, gated=tiles)
-  (found,) = wide_product.gated(*weights[:2], x_ND, tiled)
+  (found,) = wide_product.gated(*weights[:2], x_ND, plan(gated=tiles))
   assert distance(found, exact(weights, x_ND, dr_ND)[2]) < 3e-3
 
 
 @pytest.mark.long
-@CLUSTERS
 @pytest.mark.parametrize('ahead', [False, True])
-def test_gradients_of_the_gated_unit(ahead, cluster):
-  weights, x_ND, dr_ND = arrays(cluster)
+def test_gradients_of_the_gated_unit(ahead):
+  weights, x_ND, dr_ND = arrays()
   tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
   both, hidden = wide_product.gated_backward(
-    *weights, x_ND, dr_ND, plan(cluster, backward=tiles)
+    *weights, x_ND, dr_ND, plan(backward=tiles)
   )
   dgate, dup, h = exact(weights, x_ND, dr_ND)
   assert distance(both, jnp.concatenate([dgate, dup], 1)) < 3e-3
   assert distance(hidden, h) < 3e-3
 
 
-@CLUSTERS
 @pytest.mark.parametrize(
   'ahead, width',
   # What runs by default on a Hopper GPU is never left out.
   [(True, 32), pytest.param(False, 64, marks=pytest.mark.long)],
 )
-def test_gradients_from_products_that_were_kept(ahead, width, cluster):
-  weights, x_ND, dr_ND = arrays(cluster)
+def test_gradients_from_products_that_were_kept(ahead, width):
+  weights, x_ND, dr_ND = arrays()
   gate, up, down = weights
   tiles = wide_product.Tiles(columns=64, width=width, stages=2, ahead=ahead)
-  keeps = plan(cluster, kept=tiles, keep=True)
+  keeps = plan(kept=tiles, keep=True)
   (alone,) = wide_product.gated(gate, up, x_ND, keeps)
   hidden, both = wide_product.gated(gate, up, x_ND, keeps, keep=True)
   assert (alone == hidden).all()

@@ -93,6 +93,7 @@ def recipe(config: ml_collections.ConfigDict) -> None:
       'counts': (1, 4, 16),
       'noise': 0.3,
       'steps': 16,
+      'shared': False,
       'select': 'halt',
     },
     'pictures': {'split': 'test', 'examples': 3, 'steps': 64},

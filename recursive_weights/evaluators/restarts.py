@@ -21,6 +21,7 @@ def make(
   counts: tuple[int, ...] = (1, 4, 16),
   noise: float = 0.3,
   steps: int = 16,
+  shared: bool = False,
   select: str = 'halt',
 ) -> interfaces.Evaluator:
   """Means of `Task.loss` and its metrics of the attempt that is chosen.
@@ -36,6 +37,7 @@ def make(
     counts: numbers of attempts, each measured anew.
     noise: standard deviation of what is added to the states.
     steps: of each attempt.
+    shared: the attempts share `steps`, so that all counts cost the same.
     select: 'halt' or 'residual', how an attempt is chosen.
 
   Returns:
@@ -52,6 +54,10 @@ def make(
     raise UserError(f'counts must be numbers > 0, got {counts}')
   if steps < 1:
     raise UserError(f'steps must be > 0, got {steps}')
+  if shared and any(steps % count for count in counts):
+    raise UserError(
+      f'counts must divide steps = {steps} where they share them, got {counts}'
+    )
   if noise < 0:
     raise UserError(f'noise must be >= 0, got {noise}')
   if select not in restarts.SELECTIONS:
@@ -67,7 +73,7 @@ def make(
       key,
       count=count,
       noise=noise,
-      steps=steps,
+      steps=steps // count if shared else steps,
       select=select,
     )
     loss_B, metrics_B = task.loss(answer, batch)

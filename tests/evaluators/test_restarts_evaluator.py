@@ -79,6 +79,14 @@ def test_every_count_is_measured(asked):
   ]
 
 
+def test_attempts_may_share_the_steps(asked):
+  evaluate = evaluator.make(
+    MODEL, task(), None, batch_size=BATCH, counts=(1, 4), steps=8, shared=True
+  )
+  evaluate({}, jax.random.key(0))
+  assert [(x['count'], x['steps']) for x in asked] == [(1, 8), (4, 2)]
+
+
 def test_noise_is_a_function_of_the_key(asked):
   evaluate = evaluator.make(
     MODEL, task(), None, batch_size=BATCH, counts=(2,),
@@ -98,6 +106,10 @@ def test_noise_is_a_function_of_the_key(asked):
     ({'counts': ()}, r'counts must be numbers > 0, got \(\)'),
     ({'counts': (0,)}, r'counts must be numbers > 0, got \(0,\)'),
     ({'steps': 0}, 'steps must be > 0, got 0'),
+    (
+      {'counts': (2, 3), 'shared': True},
+      r'counts must divide steps = 16 .* got \(2, 3\)',
+    ),
     ({'noise': -1.0}, 'noise must be >= 0, got -1.0'),
     ({'select': 'best'}, "select must be one of .* got 'best'"),
     ({'splits': ('dev',)}, "got 'dev'"),

@@ -186,7 +186,7 @@ def half_params(name: str, tokens: int, width: int, pool: str, key):
 def half_program(
   name: str, tokens: int, width: int, pool: str, tiles=None, *, fused: bool
 ):
-  """`(params, x_TBD) -> y_TBD`, plain or fused."""
+  """`(params, x) -> y`, plain or fused."""
   options: dict = {}
   if name == 'attention':
     turn = trm_block.rotation(tokens, width // HEADS)
@@ -204,18 +204,18 @@ def half_program(
   return functools.partial(KERNELS[name].apply, tiles=tiles, **options)
 
 
-def distances(program, exact, params, x_TBD, g_TBD) -> list[float]:
+def distances(program, exact, params, x, g) -> list[float]:
   """`|a - b| / |b|` of value, gradient of x and of the parameters."""
 
   @functools.partial(jax.jit, static_argnums=0)
-  def both(program, params, x_TBD, g_TBD):
-    y_TBD, pull = jax.vjp(program, params, x_TBD)
-    dparams, dx_TBD = pull(g_TBD)
-    return y_TBD, dx_TBD, dparams
+  def both(program, params, x, g):
+    y, pull = jax.vjp(program, params, x)
+    dparams, dx = pull(g)
+    return y, dx, dparams
 
-  found = both(program, params, x_TBD, g_TBD)
+  found = both(program, params, x, g)
   with jax.default_matmul_precision('highest'):
-    wide = both(exact, params, *(a.astype(jnp.float32) for a in (x_TBD, g_TBD)))
+    wide = both(exact, params, *(a.astype(jnp.float32) for a in (x, g)))
   result = []
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wide), strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -244,19 +244,20 @@ def measure_half(
   digits = name in FAMILIES or (name == 'channel' and width < 256)
 
   def states(batch):
-    shape = (tokens, batch, *((9,) if digits else ()), width)
+    first = (batch, tokens) if name == 'attention' else (tokens, batch)
+    shape = (*first, *((9,) if digits else ()), width)
     return [jax.random.normal(key, shape).astype(dtype) for key in keys[1:]]
 
   exact = half_program(name, tokens, width, pool, fused=False)
-  x_TBD, g_TBD = states(min(batch, 8))
-  line = {'error': max(distances(program, exact, params, x_TBD, g_TBD))}
-  x_TBD, g_TBD = states(batch)
+  x, g = states(min(batch, 8))
+  line = {'error': max(distances(program, exact, params, x, g))}
+  x, g = states(batch)
   forward = jax.jit(program)
 
   @jax.jit
-  def both(params, x_TBD, g_TBD):
-    y_TBD, pull = jax.vjp(program, params, x_TBD)
-    return y_TBD, pull(g_TBD)
+  def both(params, x, g):
+    y, pull = jax.vjp(program, params, x)
+    return y, pull(g)
 
   cell = 'symmetric' if digits else 'mixer'
   cell = 'attention' if name == 'attention' else cell
@@ -264,15 +265,15 @@ def measure_half(
   work['cell'] = work.get('constraint', 0.0) / 4
   for kind, run, passes in (
     ('forward', lambda x: forward(params, x), 1),
-    ('both', lambda x: (both(params, x, g_TBD), x)[1], 3),
+    ('both', lambda x: (both(params, x, g), x)[1], 3),
   ):
     if kind == 'both':
       # The last result is waited for, not the unchanged input.
       times = clock(
-        lambda _: both(params, x_TBD, g_TBD), None, repeats=repeats, calls=10
+        lambda _: both(params, x, g), None, repeats=repeats, calls=10
       )
     else:
-      times = clock(run, x_TBD, repeats=repeats, calls=20)
+      times = clock(run, x, repeats=repeats, calls=20)
     line[f'{kind}_ms'] = round(statistics.median(times), 4)
     line[f'{kind}_tflops'] = round(
       passes * work[name] / line[f'{kind}_ms'] / 1e9, 1

@@ -162,8 +162,9 @@ def make(
 
   def step(weights, context, state, key):
     del key
-    # Tokens first within a step, rows first without: see `trm_block`.
-    x, inside = _swap((context['x'], state))
+    # Rows are first without a step, within it where blocks want them so.
+    order = _swap if parts.tokens_first else lambda tree: tree
+    x, inside = order((context['x'], state))
     inside = latent.supervision_step(
       net,
       weights['blocks'],
@@ -175,7 +176,7 @@ def make(
       remat=remat,
       unrolled=unrolled,
     )
-    state = _swap(inside)
+    state = order(inside)
     logits, halt_B = parts.read(weights, state[names[0]])
     return state, {
       'logits': logits,

@@ -24,8 +24,9 @@ class Cell(NamedTuple):
   init: `key -> params`, with the blocks of the network stacked in `blocks`.
   shape: of a row's state. Its first axis is the tokens', its last the width.
   embed: `(params, inputs) -> x [B, *shape]`, of unit variance, float32.
-  block: `(params of a block, u) -> u` with tokens first, `[T, B, ..., D]`.
+  block: `(params of a block, u) -> u`.
   read: `(params, y [B, *shape]) -> (logits_BTV, halt_B)`, float32.
+  tokens_first: whether `block` takes `[T, B, ..., D]`, else rows first.
   """
 
   init: Callable[[Array], Tree]
@@ -33,6 +34,7 @@ class Cell(NamedTuple):
   embed: Callable[[Tree, Any], Array]
   block: Callable[[Tree, Array], Array]
   read: Callable[[Tree, Array], tuple[Array, Array]]
+  tokens_first: bool = True
 
 
 def sequence(
@@ -112,14 +114,15 @@ def sequence(
       x_BTD = (x_BTD + params['position'][None]) / np.sqrt(2)
     return x_BTD * np.sqrt(width)
 
-  def block(params, u_TBD):
-    return trm_block.apply(params, u_TBD, heads=heads, turn=turn, halves=halves)
+  def block(params, u):
+    return trm_block.apply(params, u, heads=heads, turn=turn, halves=halves)
 
   def read(params, y_BTD):
     logits_BTV = _product(y_BTD[:, prefix:], params['readout'])
     return logits_BTV, _judge(params['halt'], y_BTD[:, 0])
 
-  return Cell(init, (tokens, width), embed, block, read)
+  mixes = kind == 'mixer'
+  return Cell(init, (tokens, width), embed, block, read, tokens_first=mixes)
 
 
 def symmetric(

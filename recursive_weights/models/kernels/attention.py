@@ -1,10 +1,11 @@
 """Attention over few tokens as one kernel (Pallas, Triton).
 
 A program takes a head of an example. It reads its queries, keys and values
-where the projection wrote them, tokens first, turns them, and writes what was
-seen where the output projection reads it: no transposes, and no scores in
-memory. A program of the backward pass, which makes the scores again, takes
-heads one after the other.
+where the projection wrote them, turns them, and writes what was seen where the
+output projection reads it: no transposes, and no scores in memory. Rows come
+before tokens, so that what a program reads lies in a few pages of memory. A
+program of the backward pass, which makes the scores again, takes heads one
+after the other.
 """
 
 import functools
@@ -43,7 +44,7 @@ def fits(tokens: int, width: int, heads: int) -> bool:
 
 def apply(
   params: Mapping[str, Array],
-  x_TBD: Array,
+  x_BTD: Array,
   *,
   heads: int,
   turn: tuple[Array, Array] | None = None,
@@ -57,7 +58,7 @@ def apply(
 
   Args:
     params: `qkv [D, 3 D]`, `out [D, D]`.
-    x_TBD: the state.
+    x_BTD: the state.
     heads: H, of K = D / H entries.
     turn: cosines and sines `[T, K]`, the same in both halves of K; or None.
     tiles: see `Tiles`.
@@ -67,7 +68,7 @@ def apply(
   Raises:
     ValueError: sizes that `fits` refuses.
   """
-  tokens, batch, width = x_TBD.shape
+  batch, tokens, width = x_BTD.shape
   if not fits(tokens, width, heads):
     raise ValueError(
       'tokens must be <= 128 and half a head a power of two >= 16, got '
@@ -76,20 +77,19 @@ def apply(
   if interpret is None:
     interpret = jax.default_backend() != 'gpu'
   plan = _Plan(batch, heads, tiles or Tiles(), interpret)
-  qkv_TBE = x_TBD @ params['qkv'].astype(x_TBD.dtype)
+  qkv_BTE = x_BTD @ params['qkv'].astype(x_BTD.dtype)
   half = width // heads // 2
   if turn is not None:
     cos_TK, sin_TK = (t[:, :half].astype(jnp.float32) for t in turn)
     turn = cos_TK, sin_TK
-  seen_TN = _attend(qkv_TBE.reshape(tokens, -1), turn, plan)
   y_ND = channel_half.project(
     params['out'],
-    seen_TN.reshape(-1, width),
-    x_TBD.reshape(-1, width),
+    _attend(qkv_BTE.reshape(-1, 3 * width), turn, plan),
+    x_BTD.reshape(-1, width),
     tiles=out_tiles,
     interpret=interpret,
   )
-  return y_ND.reshape(x_TBD.shape)
+  return y_ND.reshape(x_BTD.shape)
 
 
 class _Plan(NamedTuple):
@@ -100,68 +100,78 @@ class _Plan(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(qkv_TN, turn, plan):
-  return _forward(qkv_TN, turn, plan)
+def _attend(qkv_NE, turn, plan):
+  return _forward(qkv_NE, turn, plan)
 
 
-def _attend_forward(qkv_TN, turn, plan):
-  return _forward(qkv_TN, turn, plan), (qkv_TN, turn)
+def _attend_forward(qkv_NE, turn, plan):
+  return _forward(qkv_NE, turn, plan), (qkv_NE, turn)
 
 
-def _attend_backward(plan, saved, g_TN):
-  qkv_TN, turn = saved
+def _attend_backward(plan, saved, g_NE):
+  qkv_NE, turn = saved
   still = jax.tree.map(jnp.zeros_like, turn)
-  return _backward(qkv_TN, turn, g_TN, plan), still
+  return _backward(qkv_NE, turn, g_NE, plan), still
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-class _Head(NamedTuple):
-  """A head of an example, among `heads`; `half` of its entries."""
+class _Sizes(NamedTuple):
+  """Of all programs; `half` the entries of a head."""
 
-  example: Any
-  head: Any
+  tokens: int
   heads: int
   half: int
 
-  def first(self, which, parts=3):
+
+class _Head(NamedTuple):
+  """A head of an example."""
+
+  example: Any
+  head: Any
+  sizes: _Sizes
+
+  def first(self, which):
     """First column of its queries, keys (1) or values (2)."""
-    row = (self.example * parts + which) * self.heads + self.head
-    return row * 2 * self.half
+    return (which * self.sizes.heads + self.head) * 2 * self.sizes.half
+
+  def _at(self, ref, row, column, width):
+    """All tokens as one power of two, and which of them exist."""
+    padded = max(16, pl.next_power_of_2(self.sizes.tokens))
+    exists = (jnp.arange(padded) < self.sizes.tokens)[:, None]
+    return ref.at[pl.ds(row, padded), pl.ds(column, width)], exists
 
   def load(self, ref, column, width):
-    """Some columns of all tokens, as one power of two; zero past the last."""
-    total = ref.shape[0]
-    columns = pl.ds(column, width)
-    return tiling.load_rows(ref, self._start, _padded(total), total, columns)
+    """Some columns of all tokens; zero past the last."""
+    at, mask = self._at(ref, self.example * self.sizes.tokens, column, width)
+    return plgpu.load(at, mask=mask, other=0.0)
 
   def store(self, ref, column, value):
     """The reverse of `load`."""
-    columns = pl.ds(column, value.shape[1])
-    tiling.store_rows(ref, value, self._start, ref.shape[0], columns)
-
-  @property
-  def _start(self):
-    # Known only when run, so that what begins there may reach past the end.
-    return 0 * self.head
+    row = self.example * self.sizes.tokens
+    at, mask = self._at(ref, row, column, value.shape[1])
+    plgpu.store(at, value.astype(ref.dtype), mask=mask)
 
   def pair(self, ref, which, turn):
     """The halves of its queries or keys, turned together."""
-    column = self.first(which)
-    columns = column, column + self.half
-    halves = tuple(self.load(ref, column, self.half) for column in columns)
+    column, half = self.first(which), self.sizes.half
+    halves = tuple(
+      self.load(ref, first, half) for first in (column, column + half)
+    )
     return _turned(halves, turn, 1)
 
-  def values(self, ref, which=2, parts=3):
-    return self.load(ref, self.first(which, parts), 2 * self.half)
+  def values(self, ref, which=2):
+    return self.load(ref, self.first(which), 2 * self.sizes.half)
 
   def angles(self, refs):
-    return [self.load(ref, self._start, ref.shape[1]) for ref in refs]
-
-
-def _padded(total):
-  return max(16, pl.next_power_of_2(total))
+    # Known only when run, so that what begins there may reach past the end.
+    start = 0 * self.head
+    found = []
+    for ref in refs:
+      at, mask = self._at(ref, start, start, ref.shape[1])
+      found.append(plgpu.load(at, mask=mask, other=0.0))
+    return found
 
 
 def _turned(halves, turn, sign):
@@ -193,57 +203,57 @@ def _shares(q, k, total):
   return e, 1 / e.sum(1)
 
 
-def _forward_kernel(qkv_ref, *refs, heads, half):
+def _forward_kernel(qkv_ref, *refs, sizes):
   *turn_refs, seen_ref = refs
-  head = _Head(pl.program_id(1), pl.program_id(0), heads, half)
+  head = _Head(pl.program_id(1), pl.program_id(0), sizes)
   turn = head.angles(turn_refs)
   k = head.pair(qkv_ref, 1, turn)
   v = head.values(qkv_ref)
   q = head.pair(qkv_ref, 0, turn)
-  e, norm = _shares(q, k, qkv_ref.shape[0])
+  e, norm = _shares(q, k, sizes.tokens)
   seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
-  head.store(seen_ref, head.first(0, 1), seen)
+  head.store(seen_ref, head.first(0), seen)
 
 
-def _sizes(qkv_TN, plan):
-  half = qkv_TN.shape[1] // (plan.batch * 3 * plan.heads * 2)
-  return {'heads': plan.heads, 'half': half}
+def _sizes(qkv_NE, plan):
+  rows, columns = qkv_NE.shape
+  return _Sizes(rows // plan.batch, plan.heads, columns // (6 * plan.heads))
 
 
 @functools.partial(jax.jit, static_argnames='plan')
-def _forward(qkv_TN, turn, plan):
-  tokens, columns = qkv_TN.shape
+def _forward(qkv_NE, turn, plan):
+  rows, columns = qkv_NE.shape
   return pl.pallas_call(
-    functools.partial(_forward_kernel, **_sizes(qkv_TN, plan)),
-    out_shape=jax.ShapeDtypeStruct((tokens, columns // 3), qkv_TN.dtype),
+    functools.partial(_forward_kernel, sizes=_sizes(qkv_NE, plan)),
+    out_shape=jax.ShapeDtypeStruct((rows, columns // 3), qkv_NE.dtype),
     grid=(plan.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(num_warps=plan.tiles.warps),
     interpret=plan.interpret,
     name='attention_forward',
-  )(qkv_TN, *(turn or ()))
+  )(qkv_NE, *(turn or ()))
 
 
-def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, each):
+def _backward_kernel(qkv_ref, g_ref, *refs, sizes, each):
   *turn_refs, dqkv_ref = refs
   dtype = qkv_ref.dtype
   first, example = pl.program_id(0) * each, pl.program_id(1)
 
   def body(index, carry):
-    head = _Head(example, first + index, heads, half)
+    head = _Head(example, first + index, sizes)
     turn = head.angles(turn_refs)
     k = head.pair(qkv_ref, 1, turn)
     v = head.values(qkv_ref)
     q = head.pair(qkv_ref, 0, turn)
-    g = head.values(g_ref, 0, 1)
-    e, norm = _shares(q, k, qkv_ref.shape[0])
+    g = head.values(g_ref, 0)
+    e, norm = _shares(q, k, sizes.tokens)
     share = e * norm[:, None]
     dshare = tiling.dot(g, v.T)
     dscore = share * (dshare - (share * dshare).sum(1)[:, None])
-    dscore = (dscore * np.float32(1 / np.sqrt(2 * half))).astype(dtype)
+    dscore = (dscore * np.float32(1 / np.sqrt(2 * sizes.half))).astype(dtype)
 
     def store(which, pair):
       for part, value in enumerate(_turned(pair, turn, -1)):
-        head.store(dqkv_ref, head.first(which) + part * half, value)
+        head.store(dqkv_ref, head.first(which) + part * sizes.half, value)
 
     store(0, tuple(tiling.dot(dscore, x) for x in k))
     store(1, tuple(tiling.dot(dscore.T, x) for x in q))
@@ -256,16 +266,16 @@ def _backward_kernel(qkv_ref, g_ref, *refs, heads, half, each):
 
 
 @functools.partial(jax.jit, static_argnames='plan')
-def _backward(qkv_TN, turn, g_TN, plan):
+def _backward(qkv_NE, turn, g_NE, plan):
   tiles, heads = plan.tiles, plan.heads
   each = max(n for n in range(1, tiles.back_heads + 1) if heads % n == 0)
   return pl.pallas_call(
-    functools.partial(_backward_kernel, **_sizes(qkv_TN, plan), each=each),
-    out_shape=jax.ShapeDtypeStruct(qkv_TN.shape, qkv_TN.dtype),
+    functools.partial(_backward_kernel, sizes=_sizes(qkv_NE, plan), each=each),
+    out_shape=jax.ShapeDtypeStruct(qkv_NE.shape, qkv_NE.dtype),
     grid=(heads // each, plan.batch),
     compiler_params=plgpu.CompilerParams(
       num_warps=tiles.back_warps, num_stages=tiles.back_stages
     ),
     interpret=plan.interpret,
     name='attention_backward',
-  )(qkv_TN, g_TN, *(turn or ()))
+  )(qkv_NE, g_NE, *(turn or ()))

@@ -47,10 +47,10 @@ def make(
     check_gpu()
   simulated = interpret or jax.default_backend() != 'gpu'
 
-  def use(fits, x_TBD):
+  def use(fits, x):
     # Tiles of 4-byte numbers would not fit into shared memory, and float16 is
     # not tested.
-    narrow = simulated or x_TBD.dtype == jnp.bfloat16
+    narrow = simulated or x.dtype == jnp.bfloat16
     return fused or (fits and narrow and on_one_hopper())
 
   def token_program(params, x_TBD):
@@ -66,14 +66,14 @@ def make(
       return channel_half.apply(params, x_TBD, **options)
     return trm_block.channel_half(params, x_TBD)
 
-  def attention_program(params, x_TBD, *, heads, turn=None):
+  def attention_program(params, x_BTD, *, heads, turn=None):
     program = trm_block.attention_half
     options = {'heads': heads, 'turn': turn}
-    fits = attention.fits(x_TBD.shape[0], x_TBD.shape[-1], heads)
-    if use(fits, x_TBD):
+    fits = attention.fits(*x_BTD.shape[1:], heads)
+    if use(fits, x_BTD):
       program = attention.apply
       options |= {'tiles': over, 'out_tiles': channel, 'interpret': interpret}
-    return program(params, x_TBD, **options)
+    return program(params, x_BTD, **options)
 
   def constraint_program(params, x_TBVD, *, families, box, pool):
     options = {'families': families, 'box': box, 'pool': pool}

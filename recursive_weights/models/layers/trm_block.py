@@ -7,10 +7,11 @@ the sum and without a gain:
   attention:  f = self-attention, norm over the width        (attention_half)
   both then:  f = SwiGLU over the width, norm over the width   (channel_half)
 
-States are tokens first, `x_TBD`: then both halves are plain matrix products
-over contiguous axes and nothing is transposed between them. A half is a
-function of its own parameters and of x, so another program for it, such as a
-fused kernel, takes its place in `apply` with the same signature.
+States of a mixer are tokens first, `x_TBD`: then both halves are plain matrix
+products over contiguous axes and nothing is transposed between them. Those of
+attention are rows first, `x_BTD`, so that a row's tokens lie together. A half
+is a function of its own parameters and of x, so another program for it, such as
+a fused kernel, takes its place in `apply` with the same signature.
 
 Weights are kept in float32 and cast to x's dtype where they are used, so that
 gradients of weights that are used many times add up in float32.
@@ -149,18 +150,18 @@ def rotation(
   return jnp.cos(angle_TK), jnp.sin(angle_TK)
 
 
-def rotate(x_TBHK: Array, cos_TK: Array, sin_TK: Array) -> Array:
+def rotate(x_BTHK: Array, cos_TK: Array, sin_TK: Array) -> Array:
   """`x cos + (-x_2, x_1) sin` with x_1 and x_2 the halves of the last axis."""
-  first, second = jnp.split(x_TBHK.astype(jnp.float32), 2, axis=-1)
+  first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
   whole = jnp.concatenate([first, second], axis=-1)
-  cos, sin = cos_TK[:, None, None], sin_TK[:, None, None]
-  return (whole * cos + turned * sin).astype(x_TBHK.dtype)
+  cos, sin = cos_TK[None, :, None], sin_TK[None, :, None]
+  return (whole * cos + turned * sin).astype(x_BTHK.dtype)
 
 
 def attention_half(
   params: Mapping[str, Array],
-  x_TBD: Array,
+  x_BTD: Array,
   *,
   heads: int,
   turn: tuple[Array, Array] | None = None,
@@ -169,26 +170,26 @@ def attention_half(
 
   Args:
     params: `qkv [D, 3 D]`, `out [D, D]`.
-    x_TBD: the state.
+    x_BTD: the state.
     heads: H, of K = D / H entries.
     turn: from `rotation`, for queries and keys; None for no positions.
   """
-  tokens, batch, width = x_TBD.shape
-  qkv_DE, out_DD = _cast(params, x_TBD.dtype, 'qkv', 'out')
-  qkv = (x_TBD @ qkv_DE).reshape(tokens, batch, 3, heads, width // heads)
+  batch, tokens, width = x_BTD.shape
+  qkv_DE, out_DD = _cast(params, x_BTD.dtype, 'qkv', 'out')
+  qkv = (x_BTD @ qkv_DE).reshape(batch, tokens, 3, heads, width // heads)
   query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
   if turn is not None:
     query, key = rotate(query, *turn), rotate(key, *turn)
   score_BHTM = jnp.einsum(
-    'TBHK,MBHK->BHTM', query, key, preferred_element_type=jnp.float32
+    'BTHK,BMHK->BHTM', query, key, preferred_element_type=jnp.float32
   )
   share_BHTM = jax.nn.softmax(score_BHTM / np.sqrt(width // heads), axis=-1)
-  seen = jnp.einsum('BHTM,MBHK->TBHK', share_BHTM.astype(x_TBD.dtype), value)
-  return rms(x_TBD + seen.reshape(tokens, batch, width) @ out_DD)
+  seen = jnp.einsum('BHTM,BMHK->BTHK', share_BHTM.astype(x_BTD.dtype), value)
+  return rms(x_BTD + seen.reshape(batch, tokens, width) @ out_DD)
 
 
 class Halves(NamedTuple):
-  """The programs of the halves: `(params of the half, x_TBD) -> x_TBD`.
+  """The programs of the halves: `(params of the half, state) -> state`.
 
   `constraint` is that of `symmetric_block`, None for its own.
   """
@@ -201,7 +202,7 @@ class Halves(NamedTuple):
 
 def apply(
   params: Tree,
-  x_TBD: Array,
+  x: Array,
   *,
   heads: int = 8,
   turn: tuple[Array, Array] | None = None,
@@ -211,15 +212,15 @@ def apply(
 
   Args:
     params: from `init`.
-    x_TBD: the state.
+    x: the state, `[T, B, D]` of a mixer, `[B, T, D]` of attention.
     heads, turn: see `attention_half`; a mixer has no use for them.
     halves: the programs to run.
   """
   if 'attention' in params:
-    x_TBD = halves.attention(params['attention'], x_TBD, heads=heads, turn=turn)
+    x = halves.attention(params['attention'], x, heads=heads, turn=turn)
   else:
-    x_TBD = halves.token(params['token'], x_TBD)
-  return halves.channel(params['channel'], x_TBD)
+    x = halves.token(params['token'], x)
+  return halves.channel(params['channel'], x)
 
 
 def _cast(params, dtype, *names):

@@ -14,8 +14,8 @@ from recursive_weights.models.layers import trm_block
 def setup(tokens, batch, width, heads, turns, dtype, each=1):
   keys = jax.random.split(jax.random.key(0), 3)
   params = trm_block.attention_init(keys[0], width)
-  x_TBD = jax.random.normal(keys[1], (tokens, batch, width)).astype(dtype)
-  g_TBD = jax.random.normal(keys[2], (tokens, batch, width)).astype(dtype)
+  x_BTD = jax.random.normal(keys[1], (batch, tokens, width)).astype(dtype)
+  g_BTD = jax.random.normal(keys[2], (batch, tokens, width)).astype(dtype)
   turn = trm_block.rotation(tokens, width // heads) if turns else None
   options = {'heads': heads, 'turn': turn}
   tiles = attention.Tiles(back_heads=each)
@@ -23,7 +23,7 @@ def setup(tokens, batch, width, heads, turns, dtype, each=1):
     attention.apply, tiles=tiles, interpret=True, **options
   )
   plain = functools.partial(trm_block.attention_half, **options)
-  return fused, plain, (params, x_TBD, g_TBD)
+  return fused, plain, (params, x_BTD, g_BTD)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_fused_in_bfloat16_is_as_far_from_float32_as_plain():
 
 
 def test_sizes_that_do_not_fit_are_named():
-  fused, _, (params, x_TBD, _) = setup(9, 1, 48, 2, False, jnp.float32)
+  fused, _, (params, x_BTD, _) = setup(9, 1, 48, 2, False, jnp.float32)
   with pytest.raises(ValueError, match='9 tokens, 2 heads of 24'):
-    fused(params, x_TBD)
+    fused(params, x_BTD)

@@ -67,6 +67,8 @@ Variants, joined by commas: `smoke` (seconds), and
   stories  `tracking` (who has which thing), `both`; codes alone without
   text     `mixed`: half of the rows are Python's language reference, so that
            one model recalls and writes
+  tokens   `bytes`, of which there are 256 whatever the text; characters are
+           those of Python's language reference, which differ by its version
   watch    `plateau`: rules tell of a plateau and stop the run, also where what
            is recalled over 16 characters falls while the loss does; it is
            measured at every evaluation, in all variants. `probes`: every
@@ -84,6 +86,7 @@ VARIANTS = (
   'tracking',
   'both',
   'mixed',
+  'bytes',
   'plateau',
   'probes',
 )
@@ -106,6 +109,7 @@ def get_config(variant=None):
     'path': '',
     'source': 'pydoc',
     'separator': '',
+    'tokens': 'bytes' if 'bytes' in chosen else 'characters',
     'eval_size': 256,
   }
   config.model.update(layers=2, width=64, head_width=32, state_width=32)

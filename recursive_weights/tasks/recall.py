@@ -65,6 +65,7 @@ def make(
   path: str = '',
   source: str = 'pydoc',
   separator: str = '',
+  tokens: str = 'characters',
   eval_size: int = 256,
 ) -> interfaces.Task:
   """Predict `targets[t] = tokens[t + 1]`, above all where the answer stands.
@@ -88,7 +89,8 @@ def make(
     symbols: the ten or so characters that codes are made of.
     share: of training rows that are tracks of ordinary text, the first ones;
       their loss is its mean over all tokens.
-    path, source, separator: of the text, see `tasks.text`.
+    path, source, separator, tokens: of the text, see `tasks.text`. Of stories
+      alone, tokens='bytes' are the same whatever the text.
     eval_size: stories in each held-out split.
 
   Raises:
@@ -96,7 +98,12 @@ def make(
       occur in the text.
   """
   base = text.make(
-    seed=seed, path=path, source=source, separator=separator, length=length
+    seed=seed,
+    path=path,
+    source=source,
+    separator=separator,
+    tokens=tokens,
+    length=length,
   )
   assert base.text is not None
   encode = base.text.encode

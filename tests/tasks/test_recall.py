@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -134,6 +135,22 @@ def test_mixed_rows_are_tracks_of_the_text():
   loss_B, _ = task.loss(logits, mixed)
   np.testing.assert_allclose(loss_B, np.log(task.spec.classes), rtol=1e-5)
   assert task.text.decode(plain.text.encode('def f(x): 3')) == 'def f(x): 3'
+
+
+def test_stories_of_bytes_are_the_same_whatever_the_text(tmp_path):
+  """So weights read what they learned under any Python, whose text differs."""
+  path = tmp_path / 'a.txt'
+  path.write_text('\n\n'.join(f'{i} \N{SNOWMAN} zzz' for i in range(99)))
+  here, there = (
+    recall.make(tokens='bytes', kinds=('passkey',), length=120, **fields)
+    for fields in ({}, {'path': str(path), 'separator': '\n\n'})
+  )
+  assert here.spec.classes == there.spec.classes == 257
+  for split in ('train', 'test'):
+    chex.assert_trees_all_equal(
+      here.batch(split, 1, 4), there.batch(split, 1, 4)
+    )
+  assert re.search(r'the code is (\d{5})\. ', rows(here)[0][0])
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,8 @@ H200. Three runs, each from the weights of the one before (bfloat16,
   2  29,000 of 512, T 3, lr 3e-4 to .05 of it, decay 1, seed 0 (two, 25/s)
   3  27,000 of 512, T 5, lr 2e-4 to .02 of it, decay .4, seed 2 (two, 21/s)
 
-The third is `finish,slices` with --config.init_from=WORKDIR --config.seed=2
---config.devices.strategy=pmap --config.training.slots.empty_every=1000, the
-second `slices` with those (seed 0), --config.training.batch_size=512,
---config.training.steps=29000 and
---config.optimizer.schedule.final_fraction=0.05. Whole puzzles by steps of the
-recursion, of the test, of 768 of a far harder one and of the hardest for
-validation (512):
+Whole puzzles by steps of the recursion, of the test, of 768 of a far harder one
+and of the hardest for validation (512; of run 1 768):
 
                      1     2     4     8     16    32    64
   1  test          .044  .274  .460  .666  .821  .903  .946
@@ -44,10 +39,12 @@ published mixer has 12.9 and others' symmetric cell 14.8. What is due to what:
      hard test       .000  .202  .581  .827  .943  .977  .986
 
 Eight noisy restarts of 16 steps (noise .3), the surest of them: .996 of the
-test; four: .993 of the hard test. These are the weights of the last step, with
-no choice; those that were best on validation, after 26,000 steps, have .967 and
-.991 of the test. Validation after 16 steps beside the training rows, by
-thousands of steps:
+test; four: .993 of the hard test (eval.py --pretrained=trm_sudoku with
+--config.evaluators.after.restarts.shared=False and
+--config.evaluators.after.restarts.counts='(8,)'). These are the weights of the
+last step, with no choice; those that were best on validation, after 26,000
+steps, have .967 and .991 of the test. Validation after 16 steps beside the
+training rows, by thousands of steps:
 
   1                    4     8     12    16    20    24    26    28
   validation          .078  .337  .552  .613  .664  .730  .730  .758
@@ -82,8 +79,30 @@ with kernels of an earlier form .828). So none is better, and .01 to .02 of such
 a number is chance. The test row of run 2 is by plain programs, which evaluate
 where there are several devices; the rows of run 3 by kernels, its curve plain.
 
-Runs 1 and 2 and all of the cells below drew the least number of steps once for
-an example, where slots now draw it at every step as the published code does.
+By these commands (slots now draw the least number of steps at every step, as
+the published code does; in runs 1 and 2, of `constraints` and in the mixer's
+50,000 steps they drew it once for an example):
+
+  DATA="--config.task.train_path=TRAIN --config.task.validation_path=VALIDATION
+      --config.task.test_path=TEST"
+  python train.py --config=configs/trm_sudoku.py:slices --workdir=runs/1 \
+      $DATA --config.task.limits='(0,768,0)'
+  python train.py --config=configs/trm_sudoku.py:slices --workdir=runs/2 \
+      $DATA --config.task.limits='(0,512,0)' --config.init_from=runs/1 \
+      --config.devices.strategy=pmap --config.training.slots.empty_every=1000 \
+      --config.training.batch_size=512 --config.training.steps=29000 \
+      --config.checkpoint.every=1000 \
+      --config.optimizer.schedule.final_fraction=0.05
+  python train.py --config=configs/trm_sudoku.py:finish,slices \
+      --workdir=runs/3 $DATA --config.task.limits='(0,512,0)' \
+      --config.init_from=runs/2 --config.seed=2 \
+      --config.devices.strategy=pmap --config.training.slots.empty_every=1000 \
+      --config.checkpoint.every=1000
+
+TRAIN has 1,000 puzzles, TEST all 5,191. VALIDATION is a file of the first 1,024
+rows of 31,808 others of the hardest (`data_hash` in the shipped config.json is
+of it, and the mixer's is the same; run 1 had one of 1,536), of which the first
+512 (768) are measured.
 
 `constraints` is the same cell when it adds over rows, columns and boxes instead
 of learning what to add. That cannot tell a puzzle from one with its rows
@@ -107,11 +126,14 @@ rate 1e-4 and weight decay 1 as published .496, 4e-4 and .25 .711, with
 `pool='mean'` .637.
 
 `mixer`, 4,854,273 parameters, as published but for slots that are emptied every
-1,000 steps and Adam's moments in bfloat16 (`mixer,slices` with
---config.devices.strategy=pmap --config.training.accumulation=1
---config.training.slots.empty_every=1000 --config.checkpoint.every=1000
---config.training.evaluate_every=1000), seed 0, all 50,000 steps: 34,000 on two
-H200 (29 steps a second), the others on one (15.6, strategy `data`):
+1,000 steps, Adam's moments in bfloat16 and a half over the cells that is 256
+wide, seed 0, all 50,000 steps: 34,000 on two H200 (29 steps a second), the
+others on one (15.6, strategy `data`):
+
+  python train.py --config=configs/trm_sudoku.py:mixer,slices \
+      --workdir=runs/mixer $DATA --config.task.limits='(0,512,0)' \
+      --config.devices.strategy=pmap --config.training.slots.empty_every=1000 \
+      --config.checkpoint.every=1000 --config.training.evaluate_every=1000
 
                      1     2     4     8     16    32    64
   test             .061  .307  .500  .636  .733  .802  .850
@@ -126,9 +148,14 @@ With --config.model.cycles=5 the same weights have .788 of the test in 16 steps
 and .838 in 32, .715 and .775 of the hard test, .828 of that in 64, and .874 by
 the surest of eight noisy restarts.)
 
-Trained on as run 3 of the symmetric cell, T 5 and decay .4, by
-`mixer,finish,slices` with --config.init_from=WORKDIR and the flags of run 3:
-32,000 steps of 768 rows, 22 a second on two H200, 25 minutes, seed 2.
+Trained on as run 3 of the symmetric cell, T 5 and decay .4: 32,000 steps of 768
+rows, 22 a second on two H200, 25 minutes, seed 2.
+
+  python train.py --config=configs/trm_sudoku.py:mixer,finish,slices \
+      --workdir=runs/mixer_on $DATA --config.task.limits='(0,512,0)' \
+      --config.init_from=runs/mixer --config.seed=2 \
+      --config.devices.strategy=pmap --config.training.slots.empty_every=1000 \
+      --config.checkpoint.every=1000
 
                      1     2     4     8     16    32    64
   test             .301  .582  .723  .788  .832  .862  .883
@@ -202,9 +229,10 @@ matched in mean and composition, which it is not. The checkpoint with the best
 validation stays (`eval.py --best`); take validation puzzles from neither
 training nor test.
 
-The weights of `symmetric` after run 3 and of `mixer` after `finish` come
-with the package, `trm_sudoku` and `trm_sudoku_mixer`: eval.py takes them by
---pretrained=NAME, and a run begins with them by --config.init_from=NAME.
+The weights of `symmetric` after run 3 (float32) and of `mixer` after `finish`
+(float16) come with the package, `trm_sudoku` and `trm_sudoku_mixer`: eval.py
+takes them by --pretrained=NAME, and a run begins with them by
+--config.init_from=NAME.
 
 Cost: a step of the mixer is 30 TFLOP, so 50,000 take 25 minutes of the
 arithmetic of an H100 and about an hour in practice; an optimizer step is one of

@@ -49,7 +49,9 @@ def make(
   A task has `augmentations` versions, each an identity of its own: the first is
   the task itself, the others are turned or mirrored and have colours 1..9
   exchanged. Identity `a t + k` is version k of task t, training tasks first.
-  Versions depend on no seed.
+  Versions depend on no seed, and none are compared: some may be alike. Which of
+  them a row shows is drawn in `batch`, which turns and recolours it; where it
+  lies on the canvas, in `augment`.
 
   Splits: 'train' has all pairs of the training tasks (but see 'validation') and
   the demonstrations of the evaluation tasks; every pass shows each task once,

@@ -176,8 +176,11 @@ def token_of(inputs):
   return {name.replace('T', ''): x for name, x in inputs.items()}
 
 
-def scan(name, *, state, fresh, resets, mask, **inputs):
-  """`(y, last state)` in the dtype of what is given."""
+def scan(name, *, state, fresh, resets, mask, step=None, **inputs):
+  """`(y, last state)` in the dtype of what is given.
+
+  By the equations, or by a scan's own `step`, which is told of resets.
+  """
   case = CASES[name]
   constant = {n: x for n, x in inputs.items() if not timed(n)}
   along = {n: jnp.moveaxis(x, 1, 0) for n, x in inputs.items() if timed(n)}
@@ -185,8 +188,12 @@ def scan(name, *, state, fresh, resets, mask, **inputs):
   def one(state, token):
     reset_B, on_B, inputs = token
     rows = (-1, *[1] * len(case.state))
-    start = jnp.where(reset_B.reshape(rows), fresh[None], state)
-    y, after = case.token(start, **token_of(inputs | constant))
+    inputs = token_of(inputs | constant)
+    if step is not None:
+      y, after = step(state, **inputs, resets=reset_B, fresh=fresh)
+    else:
+      start = jnp.where(reset_B.reshape(rows), fresh[None], state)
+      y, after = case.token(start, **inputs)
     state = jnp.where(on_B.reshape(rows), after, state)
     return state, jnp.where(on_B.reshape(rows[: y.ndim]), y, 0.0)
 

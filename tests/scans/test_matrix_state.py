@@ -135,8 +135,9 @@ def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
 
 @pytest.mark.long
 @pytest.mark.parametrize('rule', COVER)
-def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule):
-  given, flags = inputs_of(rule, 'tame', jnp.bfloat16), flags_of()
+@pytest.mark.parametrize('gates', ['tame', 'violent', 'shut'])
+def test_fused_in_bfloat16_is_as_far_from_float32_as_chunked(rule, gates):
+  given, flags = inputs_of(rule, gates, jnp.bfloat16), flags_of()
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), given)
   exact = program(rule, 'recurrent')(wide, flags)
   ours, plain = (
@@ -173,8 +174,9 @@ def test_kernels_lower_for_a_gpu(rule, monkeypatch):
 
 
 @pytest.mark.parametrize('rule', ['rwkv6', 'gated_delta'])
-def test_a_fused_prefill_commits_any_length(rule):
-  given, flags = inputs_of(rule, 'tame', fresh=True), flags_of()
+@pytest.mark.parametrize('gates', GATES)
+def test_a_fused_prefill_commits_any_length(rule, gates):
+  given, flags = inputs_of(rule, gates, fresh=True), flags_of()
   lengths = (0, 1), (5, 6), (17, 30), (T, T - 1)
   fused, chunked = (
     program(rule, name, lengths)(given, flags) for name in ('fused', 'chunked')

@@ -1,5 +1,7 @@
 """Every form of every scan is its recurrence: values and all gradients.
 
+Those are scans by either algorithm, single steps, and prefills with commits.
+
 In float32, for gates from open to shut and any layout of texts, against the
 recurrence in float64: an error is at most 1e-5 of the norms of what is right
 and of what it would be with open gates, array by array. Layouts and the places
@@ -32,26 +34,57 @@ rows = strategies.lists(
   min_size=B,
   max_size=B,
 )
+lengths = strategies.lists(
+  strategies.tuples(*[strategies.integers(0, T)] * B), min_size=3, max_size=3
+)
 # Twice in a chunk, at its start, inside one; tokens missing at both ends.
 TEXTS = [{5, 9}, {0, 16, 36}]
 GAPS = [{34, 35, 36}, {0, 1, 20}]
 
+FORMS = (*chunks.ALGORITHMS, 'step')
 every_form = pytest.mark.parametrize(
-  ('name', 'algorithm'),
-  [(name, form) for name in CASES for form in chunks.ALGORITHMS],
+  ('name', 'algorithm'), [(name, form) for name in CASES for form in FORMS]
 )
+# Of a prefill, by row: chunks' ends, one token before and after, none, all.
+LENGTHS = [(T, 0), (16, 15), (17, T - 1)]
+
+
+def states(name, lengths_NB, *, mask, **given):
+  """The state after the first tokens of each row, by the recurrence."""
+
+  def one(length_B):
+    on_BT = mask & (jnp.arange(mask.shape[1])[None] < length_B[:, None])
+    return recurrences.scan(name, **given, mask=on_BT)[1]
+
+  return jax.vmap(one)(lengths_NB)
 
 
 @functools.cache
 def program(name, algorithm=None):
-  """`((_, (y, state)), gradients)` of a form; of the recurrence for None."""
+  """`((_, (y, state)), gradients)` of a form; of the recurrence for None.
 
-  def total(real, flags, weights):
+  Where flags have `lengths`, of a prefill and its states after so many tokens.
+  """
+  module = CASES[name].module
+
+  def outputs(real, flags):
+    flags = dict(flags)
+    lengths_NB = flags.pop('lengths', None)
     if algorithm is None:
       y, state = recurrences.scan(name, **real, **flags)
-    else:
-      options = {'algorithm': algorithm, 'chunk': CHUNK}
-      y, state = CASES[name].module.scan(**real, **flags, **options)
+      if lengths_NB is not None:
+        state = states(name, lengths_NB, **real, **flags)
+      return y, state
+    if algorithm == 'step':
+      return recurrences.scan(name, **real, **flags, step=module.step)
+    options = {'algorithm': algorithm, 'chunk': CHUNK}
+    if lengths_NB is None:
+      return module.scan(**real, **flags, **options)
+    y, pending = module.prefill(**real, **flags, **options)
+    return y, jax.vmap(module.commit, (None, 0))(pending, lengths_NB)
+
+  def total(real, flags, weights):
+    y, state = outputs(real, flags)
     return (y * weights[0]).sum() + (state * weights[1]).sum(), (y, state)
 
   return jax.jit(jax.value_and_grad(total, has_aux=True))
@@ -111,6 +144,24 @@ def check(name, found, real, flags, weights):
 @hypothesis.example(TEXTS, GAPS)
 def test_a_form_is_the_recurrence(name, algorithm, mean, texts, gaps):
   case = case_of(name, mean, texts, gaps)
+  check(name, run(name, algorithm, *case), *case)
+
+
+@pytest.mark.parametrize(
+  ('name', 'algorithm'),
+  [*((name, 'chunked') for name in CASES), ('selective', 'recurrent')],
+)
+@pytest.mark.parametrize('mean', MEANS)
+@drawn
+@hypothesis.given(rows, rows, lengths)
+@hypothesis.example(TEXTS, GAPS, LENGTHS)
+def test_a_prefill_commits_any_length(
+  name, algorithm, mean, texts, gaps, lengths
+):
+  real, flags, (y_weight, _) = case_of(name, mean, texts, gaps)
+  flags['lengths'] = np.asarray(lengths)
+  shape = (len(lengths), *real['state'].shape)
+  case = real, flags, (y_weight, np.random.default_rng(8).normal(size=shape))
   check(name, run(name, algorithm, *case), *case)
 
 

@@ -1,4 +1,4 @@
-"""A scan packed, masked, by steps, by prefills and in 16 bits is one scan.
+"""A scan packed, masked, by prefills and in 16 bits is one scan.
 
 `test_recurrences` holds the forms themselves to their recurrence.
 """
@@ -13,7 +13,7 @@ import pytest
 
 from recursive_weights.scans import chunks, selective
 from tests.scans import recurrences
-from tests.scans.recurrences import CASES, B, H, V, at, loop, timed, token_of
+from tests.scans.recurrences import CASES, B, H, V, at, loop, timed
 
 T = 13
 CHUNK = 4
@@ -140,26 +140,6 @@ def test_masked_tokens_are_not_there(name):
   chex.assert_tree_all_finite((y, state, gradients))
   assert not np.any(np.asarray(y)[0, 9:])
   close((y[0, :9], state[0]), (y_short[0], state_short[0]), 1e-5)
-
-
-@everywhere
-def test_steps_are_the_scan(name):
-  inputs, shared = given(name)
-  texts(shared)
-  shared['mask'][:] = True
-  expected, _ = run(name, inputs, shared)
-  inputs, shared = device((inputs, shared))
-
-  @jit
-  def one(state, token, resets):
-    where = {'resets': resets, 'fresh': shared['fresh']}
-    return CASES[name].module.step(state, **token_of(token), **where)
-
-  state, seen = shared['state'], []
-  for t in range(T):
-    y, state = one(state, at(inputs, t), shared['resets'][:, t])
-    seen.append(y)
-  close((jnp.stack(seen, axis=1), state), expected)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ prints one JSON line a kernel, algorithm and size, of random inputs with gates
 near those of trained models. A scan's line has `forward`, `forward_backward`
 and, where the algorithm has one, `prefill`: forward from a state, with the
 state at the end of every text, as text is read. Algorithm `step` is one token
-from a state, as text is written: one line for all lengths and chunks.
+from a state, as text is written: one line for all lengths and chunks. So is
+`fused`, but for lengths: kernels have a chunk of their own, which is printed.
 
 Times are of calls each waited for, which on a CPU is most of a small step's
 time; memory is by the compiler's count: temporaries, and with arguments and
@@ -41,6 +42,7 @@ from recursive_weights.scans import (
   selective,
   ssd,
 )
+from recursive_weights.scans.kernels import stateless
 
 KERNELS = (
   'gated_linear',
@@ -53,7 +55,7 @@ KERNELS = (
 
 
 GRID = ('kernel', 'dtype', 'algorithm', 'chunk', 'batch', 'length', 'heads')
-STEP = 'step'
+STEP, FUSED = 'step', 'fused'
 
 
 def build(kernel: str, size: argparse.Namespace, dtype: str):
@@ -151,10 +153,11 @@ def grid(flags: argparse.Namespace) -> list[argparse.Namespace]:
   """What every line is of: `flags` with one value of each of GRID."""
   rows = itertools.product(*(getattr(flags, name) for name in GRID))
   sizes = [dict(zip(GRID, row, strict=True)) for row in rows]
-  sizes = [
-    size | ({'chunk': None, 'length': 1} if size['algorithm'] == STEP else {})
-    for size in sizes
-  ]
+  fixed: dict[str, dict[str, int | None]] = {
+    STEP: {'chunk': None, 'length': 1},
+    FUSED: {'chunk': stateless.CHUNK},
+  }
+  sizes = [size | fixed.get(size['algorithm'], {}) for size in sizes]
   once = {tuple(size.values()): size for size in sizes}
   return [argparse.Namespace(**vars(flags) | size) for size in once.values()]
 
@@ -218,7 +221,7 @@ def main() -> None:
     '--algorithm',
     nargs='+',
     default=[*chunks.ALGORITHMS, STEP],
-    choices=(*chunks.ALGORITHMS, 'fused', STEP),
+    choices=(*chunks.ALGORITHMS, FUSED, STEP),
   )
   parser.add_argument('--chunk', type=int, nargs='+', default=[64])
   parser.add_argument('--dtype', nargs='+', default=['float32'])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from recursive_weights.benchmarks import device, scans
+from recursive_weights.scans.kernels import stateless
 
 
 def test_share_of_the_roofline(monkeypatch, capsys):
@@ -31,8 +32,10 @@ def test_share_of_the_roofline(monkeypatch, capsys):
     assert held >= 4 * (inputs + outputs)
 
 
-def lines(monkeypatch, capsys, command):
-  small = '--key_width 2 --value_width 2 --repeats 1'
+SMALL = '--key_width 2 --value_width 2 --repeats 1'
+
+
+def lines(monkeypatch, capsys, command, small=SMALL):
   monkeypatch.setattr('sys.argv', f'scans {command} {small}'.split())
   scans.main()
   return [json.loads(x) for x in capsys.readouterr().out.splitlines()]
@@ -57,6 +60,17 @@ def test_a_step_and_a_prefill_have_their_times(monkeypatch, capsys):
   )
   assert one >= 4 * (2 * 4 + 2 + 1 + 2 * 2 + 1 + 2)
   assert two > one
+
+
+def test_kernels_have_a_chunk_of_their_own(monkeypatch, capsys):
+  small = '--key_width 16 --value_width 16 --repeats 1'
+  command = '--kernel ssd --algorithm chunked fused --chunk 2 4 --length 8'
+  found = lines(monkeypatch, capsys, f'{command} --heads 1', small)
+  assert [(x['algorithm'], x['chunk']) for x in found] == [
+    *(('chunked', 2), ('chunked', 4)),
+    ('fused', stateless.CHUNK),
+  ]
+  assert all(x['forward_ms'] > 0 for x in found)
 
 
 @pytest.mark.parametrize('kernel', scans.KERNELS)

@@ -402,7 +402,15 @@ def build(
   if slots is not None:
     batch = tasks[0].batch('train', 0, train['batch_size'])
     first_slots = empty_slots(model, tasks[0], objective, slots, batch)
-  averaged = optimizers.averaged(config['optimizer']['groups'])
+  groups = config['optimizer']['groups']
+  averaged = optimizers.averaged(groups)
+  patterns = {name: fields['pattern'] for name, fields in groups.items()}
+  labels = optimizers.label(shapes, patterns)
+  tables = {
+    table: name
+    for table, name in model.tables
+    if groups[labels[table]].get('sign')
+  }
 
   def step(axis):
     return make_step(
@@ -417,6 +425,7 @@ def build(
       keep_carry=train['keep_carry'],
       slots=slots,
       averaged=averaged,
+      tables=tables,
       axis=axis,
     )
 

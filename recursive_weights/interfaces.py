@@ -81,6 +81,9 @@ class Model(NamedTuple):
   decoder: of a causal language model, for generation; else None. It takes
     derived weights, `derivation.tree.derive(rules, params)`, so that a text
     derives them once, not once a token.
+  tables: `((parameter, input), ...)`: tables `[rows, ...]` at the top of
+    `params`, of which `apply` takes the row that an input (int32 `[B]`) names
+    for each example, and nothing else.
   """
 
   init: Callable[[Array, Any], Tree]
@@ -89,6 +92,7 @@ class Model(NamedTuple):
   recursion: Recursion | None = None
   rules: tuple = ()
   decoder: 'Decoder | None' = None
+  tables: tuple[tuple[str, str], ...] = ()
 
 
 class Spec(NamedTuple):

@@ -199,7 +199,13 @@ def make(
     outputs = jax.tree.map(lambda x: x[None], outputs)
     return outputs, jax.lax.stop_gradient(state)
 
-  return Model(init=init, carry=carry, apply=apply, recursion=recursion)
+  return Model(
+    init=init,
+    carry=carry,
+    apply=apply,
+    recursion=recursion,
+    tables=(('puzzle', 'puzzle'),) if spec.puzzles else (),
+  )
 
 
 def _halves(fused):

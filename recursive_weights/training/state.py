@@ -1,6 +1,6 @@
 """The training state and the pure step that advances it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from recursive_weights.interfaces import (
   Task,
   Tree,
 )
+from recursive_weights.training import tables as tables_lib
 
 
 class State(NamedTuple):
@@ -120,6 +121,7 @@ def make_step(
   keep_carry: bool = False,
   slots: Slots | None = None,
   averaged: Callable[[Tree], Tree] | None = None,
+  tables: Mapping[str, str] | None = None,
   axis: str | None = None,
 ) -> Callable[[State, dict], tuple[State, dict]]:
   """`step(state, batch) -> (state, metrics)`, one update on one batch.
@@ -128,7 +130,9 @@ def make_step(
   over `accumulation` micro-batches and, where `axis` names a mapped device
   axis (pmap), over devices. EMA: e <- d e + (1 - d) p with d warmed up as
   min(ema_decay, (1 + t) / (10 + t)), so that short trainings are averaged too.
-  Leaves that `averaged(params)` names False are copied instead.
+  Leaves that `averaged(params)` names False are copied instead. Of `tables`
+  (`Model.tables`, where the optimizer moves rows alone) only the rows of the
+  batch have a gradient.
 
   With `slots` (`recursion.slots`) the rows trained on are those that the slots
   hold, after the halted ones have taken theirs of the batch, and the model goes
@@ -223,8 +227,12 @@ def make_step(
       carry = state.carry
     else:
       carry = model.carry(state.params, size)
+    params, inputs, numbers = tables_lib.named(
+      tables or {}, state.params, batch['inputs']
+    )
+    batch = batch | {'inputs': inputs}
     grads, (metrics, (carry, judged)) = accumulated(
-      state.params, carry, batch, model_key
+      params, carry, batch, model_key
     )
     if slots is not None:
       least_B = explored(slots_key, size)
@@ -233,22 +241,31 @@ def make_step(
       )
       metrics = metrics | {'halted': carry['halted'].mean()}
     if axis is not None:
+      taken, numbers = tables_lib.gathered(grads, numbers, axis)
       grads, metrics = jax.lax.pmean((grads, metrics), axis)
+      grads = tables_lib.replaced(grads, taken)
+    grads = tables_lib.summed(grads, numbers)
+    # The state with the rows of this step in the place of tables.
+    taken = tables_lib.rows(state.params, numbers)
+    old = state._replace(
+      params=tables_lib.replaced(state.params, taken),
+      ema=tables_lib.replaced(state.ema, taken),
+    )
     if slots is not None:
       metrics = metrics | _finished(slots, carry, axis)
     grads = jax.tree.map(lambda g: g / loss_scale, grads)
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, old.opt_state, old.params)
     rate = schedule(state.step)
     if state.rate:
       # Updates are proportional to the learning rate, weight decay included.
       updates = jax.tree.map(lambda u: state.rate['factor'] * u, updates)
       rate = state.rate['factor'] * rate
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(old.params, updates)
     if ema_decay:
       t = state.step.astype(jnp.float32)
       decay = jnp.minimum(ema_decay, (1 + t) / (10 + t))
-      ema = optax.incremental_update(params, state.ema, 1 - decay)
+      ema = optax.incremental_update(params, old.ema, 1 - decay)
       if averaged is not None:
         ema = jax.tree.map(
           lambda mean, p, moves: mean if moves else p,
@@ -276,8 +293,13 @@ def make_step(
     )
     # A bad update never lands. The choice sits here, and not in the loop, so
     # that XLA fuses it with the update.
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    return new, metrics
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    moves = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
+    whole = tables_lib.added(state.params, numbers, moves)
+    return new._replace(
+      params=tables_lib.replaced(new.params, whole),
+      ema=tables_lib.replaced(new.ema, whole),
+    ), metrics
 
   return step
 

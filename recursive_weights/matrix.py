@@ -372,11 +372,15 @@ def table(rows) -> str:
   head += ['tokens/s', 'gradients', 'gates failed']
   lines = ['| ' + ' | '.join(head) + ' |', '|---' * len(head) + '|']
   for name, row in rows.items():
-    gap = ''
-    if BASELINE in rows and comparable(rows[BASELINE], row):
-      gap = '{:+.4f} (needs {:.4f})'.format(
-        *apart(row['best'], rows[BASELINE]['best'])
-      )
+    best, gap = f'{mean(row["best"]):.4f}', ''
+    if len(row['best']) > 1:  # one seed has no spread
+      best += f' ± {spread(row["best"]):.4f}'
+    against = rows.get(BASELINE)
+    if against and name != BASELINE and comparable(against, row):
+      difference, least = apart(row['best'], against['best'])
+      gap = f'{difference:+.4f}'
+      if math.isfinite(least):
+        gap += f' (needs {least:.4f})'
     perplexity = row['results'].get('test/perplexity')
     shares = [x for key, x in row['results'].items() if SHARES.match(key)]
     gates = [
@@ -390,7 +394,7 @@ def table(rows) -> str:
       f'{row["parameters"]:,}',
       f'{row["learning_rate"]:g}',
       str(len(row['best'])),
-      f'{mean(row["best"]):.4f} ± {spread(row["best"]):.4f}',
+      best,
       gap,
       f'{mean(row["last"]):.4f}',
       '' if perplexity is None else f'{perplexity:.3f}',
@@ -422,7 +426,7 @@ def answers(decisions) -> str:
       f'| {d["question"]} | {d["member"]} | {d["against"]} | '
       f'{d["gain"]:+.4f} | {least} | {d["verdict"]} |'
     )
-  chance = 0.05 * len(decisions)
+  chance = 0.05 * sum(d['least'] is not None for d in decisions)
   lines += [
     '',
     f'By chance alone about {chance:.1f} of these would be decided.',

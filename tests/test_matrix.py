@@ -43,6 +43,16 @@ def test_pure_models_are_as_large_as_the_hybrid():
   assert count('shallow') < 0.6 * baseline
 
 
+@pytest.mark.parametrize('member', ['baseline', 'ssm_slow', 'time_alone'])
+def test_a_head_of_its_own_decays(member):
+  data = config.to_data(hybrid_matrix.get_config(f'{member},smoke'))
+  data['model']['tied'] = False  # no part of a layer: its path is its name
+  groups = {g: x['pattern'] for g, x in data['optimizer']['groups'].items()}
+  labels = optimizers.label(build.parameter_shapes(data), groups)
+  assert labels['head'] == labels['attention']['mlp']['up'] == 'matrices'
+  assert labels['embedding']['table'] == labels['norm']['scale'] == 'rest'
+
+
 CHANGES = {
   'no_anchor': {'model.anchors'},
   'shallow': {'model.anchors', 'model.layers'},
@@ -268,6 +278,24 @@ def test_scaling_needs_everything():
   for other in (uneven, rising, worse):
     verdict = matrix.scale(found | {'baseline': other}, decisions, [QUESTION])
     assert verdict['verdict'] == 'do not scale'
+
+
+def test_one_seed_has_no_spread():
+  """None in the table, and no chance that it is decided."""
+  fields = {'parameters': 10, 'learning_rate': 1e-3, 'tokens_per_second': 5.0}
+  fields |= {'gates_failed': {}}
+  three = row([1.0, 1.01, 1.02]) | fields
+  found = {'baseline': three, 'shallow': row([1.2]) | fields, 'wide': three}
+  lines = matrix.table(found).splitlines()[2:]
+  assert [line.split(' | ')[4:6] for line in lines] == [
+    ['1.0100 ± 0.0100', ''],
+    ['1.2000', '+0.2000'],
+    ['1.0100 ± 0.0100', '+0.0000 (needs 0.0000)'],
+  ]
+  wide = ('wide?', 'wide', 'no', 'yes')
+  decisions = [matrix.decide(found, *x) for x in (QUESTION, wide)]
+  assert 'about 0.1 of these' in matrix.answers(decisions)
+  assert 'about 0.0 of these' in matrix.answers(decisions[:1])
 
 
 def test_failed_gates_stand_in_the_table():

@@ -247,6 +247,9 @@ def _backward_kernel(qkv_ref, g_ref, *refs, sizes, each):
     g = head.values(g_ref, 0)
     e, norm = _shares(q, k, sizes.tokens)
     share = e * norm[:, None]
+    # First, so that the shares in 16 bits need not be kept.
+    dv = tiling.dot(share.astype(dtype).T, g)
+    head.store(dqkv_ref, head.first(2), dv)
     dshare = tiling.dot(g, v.T)
     dscore = share * (dshare - (share * dshare).sum(1)[:, None])
     dscore = (dscore * np.float32(1 / np.sqrt(2 * sizes.half))).astype(dtype)
@@ -257,8 +260,6 @@ def _backward_kernel(qkv_ref, g_ref, *refs, sizes, each):
 
     store(0, tuple(tiling.dot(dscore, x) for x in k))
     store(1, tuple(tiling.dot(dscore.T, x) for x in q))
-    dv = tiling.dot(share.astype(dtype).T, g)
-    head.store(dqkv_ref, head.first(2), dv)
     return carry
 
   # In a loop the next head is on its way while one is worked on.

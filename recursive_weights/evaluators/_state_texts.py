@@ -58,6 +58,16 @@ def _stream(task, split):
   return held['inputs']['tokens'][on_BT], resets[on_BT]
 
 
+def one_boundary(task: Task, text: Text, split: str) -> bool:
+  """Whether the boundary is one token of the V, and stands for nothing else.
+
+  That is, held-out documents begin where it stands, and nowhere else.
+  """
+  stream, resets = _stream(task, split)
+  inside = 0 <= text.boundary < task.spec.classes
+  return inside and np.array_equal(stream == text.boundary, resets)
+
+
 def survives(text: Text, tokens: np.ndarray) -> bool:
   """Whether a piece of a document is the same after decoding and encoding.
 

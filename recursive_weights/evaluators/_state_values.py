@@ -77,17 +77,14 @@ def measure(
   )
   few = len(some['position'])
   text_BT = later_inputs[:, :few].swapaxes(0, 1).reshape(few, -1)
-  fading = reader.fade(params, *_state_reading.pushed(some, text_BT, random))
-  for component, distance in jax.device_get(fading).items():
-    life_LH = np.median(_state_measures.half_life(distance), 1)
-    for name, x_L in (
-      ('half_life', np.median(life_LH, 1)),
-      ('half_life_least', life_LH.min(1)),
-      ('half_life_most', life_LH.max(1)),
-      ('collapsed', _state_measures.collapsed(life_LH)),
-      ('selection', np.median(_state_measures.selection(distance), 1)),
-    ):
-      _add(values, name, component, x_L)
+
+  def lives(cache):
+    pushed = _state_reading.pushed(cache, text_BT, random)
+    return _of_fading(jax.device_get(reader.fade(params, *pushed)))
+
+  values |= lives(some)
+  noise = {k: _like(x, random) for k, x in _state_reading.states(some).items()}
+  controls |= lives(_state_reading.with_states(some, noise))
 
   for component, state in _state_reading.states(middle).items():
     state = np.asarray(state)
@@ -171,6 +168,22 @@ def _of_states(first, second, random):
     for place, value in values.get('top1', {}).items()
   }
   return values, controls
+
+
+def _of_fading(fading):
+  """Half-lives of heads, and how much they depend on the text."""
+  values: Values = {}
+  for component, distance in fading.items():
+    life_LH = np.median(_state_measures.half_life(distance), 1)
+    for name, x_L in (
+      ('half_life', np.median(life_LH, 1)),
+      ('half_life_least', life_LH.min(1)),
+      ('half_life_most', life_LH.max(1)),
+      ('collapsed', _state_measures.collapsed(life_LH)),
+      ('selection', np.median(_state_measures.selection(distance), 1)),
+    ):
+      _add(values, name, component, x_L)
+  return values
 
 
 def _like(state, random):

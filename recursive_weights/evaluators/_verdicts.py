@@ -25,6 +25,8 @@ LOW, HIGH = -1e30, 1e30
 # (`benchmarks/results/hybrid_gates.json`, with those of other sizes).
 BOUNDS: dict[str, tuple[float, float, float, float]] = {
   'round_trip': (1.0, 1.0, HIGH, HIGH),
+  'boundary': (1.0, 1.0, HIGH, HIGH),
+  'kernels': (1.0, 1.0, HIGH, HIGH),
   'finite': (1.0, 1.0, HIGH, HIGH),
   'initial_entropy': (0.5, 0.9, HIGH, HIGH),
   'initial_evenness': (0.01, 0.05, HIGH, HIGH),
@@ -55,7 +57,7 @@ BOUNDS: dict[str, tuple[float, float, float, float]] = {
 }
 
 GATES = {
-  'G0': ('round_trip',),
+  'G0': ('round_trip', 'boundary', 'kernels'),
   'G1': ('finite',),
   'G2': ('initial_entropy', 'initial_evenness'),
   'G3': ('fall', 'gradient_norm'),

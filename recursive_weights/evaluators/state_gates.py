@@ -1,8 +1,10 @@
 """Is the state of a recurrent language model alive, and may a run go on?"""
 
+import importlib
 import json
 import logging
 import pathlib
+import pkgutil
 import statistics
 from typing import Any
 
@@ -21,6 +23,7 @@ from recursive_weights.evaluators import (
 )
 from recursive_weights.interfaces import UserError
 from recursive_weights.io import json_files
+from recursive_weights.scans import kernels
 
 _log = logging.getLogger(__name__)
 
@@ -87,19 +90,22 @@ def make(
   logit of .02 D for that one, with nothing wrong.
 
   Three controls stand beside, each of what it can be of: `random`, measures of
-  states and `memory` with Gaussian states of the same size; `untrained`, all of
-  them for a fresh initialisation of the same model; `healthy`, least and
-  greatest of trained models that passed, by component where one of them had it.
-  Those were measured once (`_verdicts.healthy`): they are other models on other
-  text, so not what this one should have, but where such models lie. Sizes,
-  gradients and what is nowhere judged are of one small hybrid in six seeds.
+  states, half-lives and `memory` with Gaussian states of the same size (not of
+  contributions and gradients, which are of weights and of texts read from their
+  start: random weights are the control of these); `untrained`, all of them for
+  a fresh initialisation of the same model; `healthy`, least and greatest of
+  trained models that passed, by component where one of them had it. Those were
+  measured once (`_verdicts.healthy`): they are other models on other text, so
+  not what this one should have, but where such models lie. Sizes, gradients and
+  what is nowhere judged are of one small hybrid in six seeds.
 
   Gates are functions of these and of `bounds` alone (`_verdicts`): G0 the text
-  survives its tokens, G1 outputs are finite, G2 entropy of predictions and
-  evenness of states of the untrained model, G3 loss below the untrained model's
-  and gradient norm, G3.5 states, G3.6 components, G4 everything could be
-  measured and outputs have not collapsed, G5 the loss is below that of counts
-  of two tokens (WARN: of one).
+  survives its tokens, the boundary of documents is one token that stands for
+  nothing else, and the scans' GPU kernels can be imported; G1 outputs are
+  finite; G2 entropy of predictions and evenness of states of the untrained
+  model; G3 loss below the untrained model's and gradient norm; G3.5 states;
+  G3.6 components; G4 everything could be measured and outputs have not
+  collapsed; G5 the loss is below that of counts of two tokens (WARN: of one).
 
   Bounds (`_verdicts.BOUNDS`) were set on small hybrids with heads of 16 and
   broken ones; trained models with heads of 32, states of 64 x 32, a width of
@@ -111,7 +117,8 @@ def make(
 
   Cost, with `layers`: a forward pass over the texts for each component of each
   layer, as many for the untrained model at the first call, one backward pass,
-  and tokens / 2 single steps of 1 + components x layers times half the texts.
+  and twice tokens / 2 single steps of 1 + components x layers times half the
+  texts.
 
   Args:
     objective: not used: the loss is that of the next token.
@@ -157,7 +164,7 @@ def make(
     )
   limits, trained = _verdicts.bounds(bounds or {}), _verdicts.healthy()
   batch = _state_texts.windows(task, split, rows, tokens)
-  survives = all(_state_texts.survives(text, row) for row in batch)
+  before = _before(task, split, batch)
   task.batch('train', 0, batch_size)  # a text too short is an error now
   halves = _state_values.halves_of(batch, chunk)
   reader = _state_reading.make(decoder)
@@ -193,7 +200,7 @@ def make(
       )
     untrained = before_training[name]
     values, random = measured(params, key)
-    values |= _whole(values, untrained, survives, counted)
+    values |= _whole(values, untrained, before, counted)
     verdicts = _verdicts.judge(values, limits)
     controls = {'random': random, 'untrained': untrained}
     shown = _verdicts.table(verdicts, values, controls, trained)
@@ -216,11 +223,30 @@ def make(
   return evaluate
 
 
-def _whole(values, untrained, survives, counted):
-  """Measures that compare: with the text, the start, counts of tokens."""
+def _before(task, split, batch):
+  """Measures for which no model is needed, 1 where all is well."""
+  whole = all(_state_texts.survives(task.text, row) for row in batch)
+  return {
+    'round_trip': float(whole),
+    'boundary': float(_state_texts.one_boundary(task, task.text, split)),
+    'kernels': float(_kernels_import()),
+  }
+
+
+def _kernels_import():
+  try:
+    for module in pkgutil.iter_modules(kernels.__path__):
+      importlib.import_module(f'{kernels.__name__}.{module.name}')
+  except (ImportError, AttributeError) as error:  # a jax without what they use
+    _log.warning("the scans' kernels cannot be imported: %s", error)
+    return False
+  return True
+
+
+def _whole(values, untrained, before, counted):
+  """Measures that compare: with the start, with counts of tokens."""
   loss = values['loss']['']
-  found = {
-    'round_trip': float(survives),
+  found = before | {
     'finite': float(np.isfinite(loss)),
     'initial_entropy': untrained['output_entropy'][''],
     'fall': (untrained['loss'][''] - loss) / untrained['loss'][''],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +209,10 @@ def test_a_trained_model_passes(judged):
   # Of so short a training a measure may warn on another machine; not one that
   # tells broken models below.
   assert 'FAIL' not in gates.values(), reasons
-  told = {measure.split()[0] for _, _, measure in BROKEN} | {'round_trip'}
+  told = {measure.split()[0] for _, _, measure in BROKEN}
+  first = _verdicts.GATES['G0']
+  assert [report['measures'][name] for name in first] == [{'': 1}] * 3
+  told |= {*first}
   assert not [r for r in reasons if r.split()[1] in told], reasons
   assert all(
     found[f'gates/{gate}'] == ['PASS', 'WARN'].index(verdict)
@@ -295,6 +299,32 @@ def test_an_untrained_model_passes_whatever_its_width(width):
   assert verdict(params | {'embedding': {'table': 50 * table}}) == 'FAIL'
 
 
+@pytest.mark.parametrize('boundary', ['a', -1, 'classes'])
+def test_a_boundary_that_is_no_token_of_its_own_fails(task, boundary):
+  """It is also a letter, or none of the V."""
+  number = {'a': task.text.encode('a')[0], 'classes': task.spec.classes}
+  number = number.get(boundary, boundary)
+  text = task.text._replace(boundary=number)
+  found = state_gates._before(task._replace(text=text), 'validation', [])
+  assert found['boundary'] == 0 and found['kernels'] == 1
+  assert state_gates._before(task, 'validation', [])['boundary'] == 1
+  assert gate_of(found) == ('FAIL', ['boundary'])
+
+
+def test_kernels_that_cannot_be_imported_fail(task, monkeypatch):
+  name = 'recursive_weights.scans.kernels.matrix_state'
+  monkeypatch.setitem(sys.modules, name, None)
+  found = state_gates._before(task, 'validation', [])
+  assert gate_of(found) == ('FAIL', ['kernels'])
+
+
+def gate_of(before):
+  """Verdict of G0 and the measures that are its reasons."""
+  values = {name: {'': x} for name, x in before.items()}
+  gate = _verdicts.judge(values, _verdicts.bounds({}))['G0']
+  return gate['verdict'], [reason.split()[1] for reason in gate['reasons']]
+
+
 def test_health_is_not_read_off_the_other_component(judged):
   """What is broken in one is not said of the other."""
   for change, measure in ((forgetful, 'half_life'), (frozen, 'update')):
@@ -321,6 +351,11 @@ def test_measures_stand_beside_controls(judged):
     capacity = entries * values['update'][place]
     assert values['capacity'][place] == pytest.approx(capacity)
     assert random['rms'][place] == pytest.approx(values['rms'][place], rel=0.2)
+  for component in ('hybrid/time', 'hybrid/ssm'):
+    # Decays of a first layer are those of the text, whatever its state.
+    life, other = (x['half_life'][f'{component}@0'] for x in (values, random))
+    assert other == pytest.approx(life, rel=0.3) and other != life
+    assert f'{component}@0' in random['collapsed']
   assert values['loss'][''] < 1 < untrained['loss']['']
   # What is handed on is of use, and so is each half.
   for component in ('hybrid/time', 'hybrid/ssm'):

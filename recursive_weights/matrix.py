@@ -448,6 +448,8 @@ def diagnosis(found) -> str:
         what = 'halves hinder each other when they learn at once'
       if gain < -least:
         what = 'halves help each other from the start'
+      if math.isinf(least):
+        what = 'one seed tells no spread'
       lines.append(
         f'{name} against {RESTART}: {gain:+.4f} (needs {least:.4f}): {what}.'
       )

@@ -196,6 +196,11 @@ def test_apart_by_hand():
   assert matrix.apart([3.0], [1.0, 2.0]) == (2.0, math.inf)
 
 
+def test_one_seed_diagnoses_nothing():
+  found = {name: row([x]) for name, x in (('restart', 1.0), ('ssm_first', 2.0))}
+  assert matrix.diagnosis(found).endswith('one seed tells no spread.\n')
+
+
 def row(best, data='a', last=None, steps=10, **results):
   return {
     'best': best,

@@ -6,8 +6,8 @@ prints one JSON line a kernel, algorithm and size, of random inputs with gates
 near those of trained models. A scan's line has `forward`, `forward_backward`
 and, where the algorithm has one, `prefill`: forward from a state, with the
 state at the end of every text, as text is read. Algorithm `step` is one token
-from a state, as text is written: one line for all lengths and chunks. So is
-`fused`, but for lengths: kernels have a chunk of their own, which is printed.
+from a state, as text is written: one line for all lengths and chunks. Kernels
+of matrix states (`fused`) have a chunk of their own, which is printed.
 
 Times are of calls each waited for, which on a CPU is most of a small step's
 time; memory is by the compiler's count: temporaries, and with arguments and
@@ -153,11 +153,11 @@ def grid(flags: argparse.Namespace) -> list[argparse.Namespace]:
   """What every line is of: `flags` with one value of each of GRID."""
   rows = itertools.product(*(getattr(flags, name) for name in GRID))
   sizes = [dict(zip(GRID, row, strict=True)) for row in rows]
-  fixed: dict[str, dict[str, int | None]] = {
-    STEP: {'chunk': None, 'length': 1},
-    FUSED: {'chunk': stateless.CHUNK},
-  }
-  sizes = [size | fixed.get(size['algorithm'], {}) for size in sizes]
+  for size in sizes:
+    if size['algorithm'] == STEP:
+      size |= {'chunk': None, 'length': 1}
+    elif size['algorithm'] == FUSED and size['kernel'] != 'selective':
+      size['chunk'] = stateless.CHUNK
   once = {tuple(size.values()): size for size in sizes}
   return [argparse.Namespace(**vars(flags) | size) for size in once.values()]
 

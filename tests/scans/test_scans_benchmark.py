@@ -71,6 +71,11 @@ def test_kernels_have_a_chunk_of_their_own(monkeypatch, capsys):
     ('fused', stateless.CHUNK),
   ]
   assert all(x['forward_ms'] > 0 for x in found)
+  # Mamba-1's takes the one that is given.
+  fields = {key: [1] for key in scans.GRID} | {'chunk': [2, 4]}
+  fields |= {'kernel': ['selective'], 'algorithm': ['fused']}
+  sizes = scans.grid(argparse.Namespace(**fields))
+  assert [size.chunk for size in sizes] == [2, 4]
 
 
 @pytest.mark.parametrize('kernel', scans.KERNELS)

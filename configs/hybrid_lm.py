@@ -71,8 +71,8 @@ Variants, joined by commas: `smoke` (seconds), and
             much); any other by --config.task.path=FILE_OR_FOLDER, and for one
             document --config.task.split_by=position
   sizes     `m8`, `m30`, `m125` (for GPUs: 7.9, 30.2 and, of characters, 106.8
-            million parameters; 125.6 with a vocabulary of 24,576; with `smoke` a
-            few short steps of the whole model)
+            million parameters; 125.6 with a vocabulary of 24,576; with `smoke`
+            a few short steps of the whole model)
 """
 
 from recursive_weights import config as config_lib

@@ -135,8 +135,8 @@ a training loss of .65 after 1,200 steps. Alone on the GPU, three seeds in one
 program took 166 ms a step for the baseline (296,000 characters a second), 86
 for `rwkv6`, 74 for `attention`, 285 for `mamba2`, with older kernels. All in
 `benchmarks/results/hybrid_matrix_shakespeare.jsonl`, and what the command makes
-of it, every answer and the verdict, in `hybrid_matrix_shakespeare.md` there; the
-runs were
+of it, every answer and the verdict, in `hybrid_matrix_shakespeare.md`; the runs
+were
 
   python -m recursive_weights.matrix --config=configs/hybrid_matrix.py \\
       --tier=3 --learning_rates=4e-3,8e-3,1.6e-2 --screen_steps=200 \\

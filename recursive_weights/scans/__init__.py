@@ -6,8 +6,9 @@ hold one recurrence each, in four forms with one meaning:
 
   scan     a sequence from any state; `algorithm` is 'chunked' (matrix products
            over chunks of tokens, for training), 'recurrent' (token by token,
-           the plain reference), but for `selective` 'fused' (GPU kernels, see
-           `kernels`), or 'auto', which chooses
+           the plain reference), 'fused' (GPU kernels, see `kernels`), or
+           'auto', which chooses (never 'fused' for `selective`, whose kernel
+           was not timed yet)
   prefill  as `scan`, and keeps what `commit` needs
   commit   the state after any number of a prefill's tokens, without a rerun
   step     one token, for decoding

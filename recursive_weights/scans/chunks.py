@@ -15,7 +15,7 @@ from recursive_weights.interfaces import Array, Tree
 from recursive_weights.scans import decay
 
 ALGORITHMS = ('chunked', 'recurrent')
-MATRIX_ALGORITHMS = (*ALGORITHMS, 'fused', 'auto')
+CHOICES = (*ALGORITHMS, 'fused', 'auto')
 PREFILLS = ('chunked', 'fused', 'auto')
 
 
@@ -148,10 +148,7 @@ def states(
 
 
 def choose(
-  algorithm: str,
-  chunk: int,
-  length: int,
-  known: tuple[str, ...] = ALGORITHMS,
+  algorithm: str, chunk: int, length: int, known: tuple[str, ...] = CHOICES
 ) -> int:
   """The chunk to use for T tokens: no longer than they need."""
   if algorithm not in known:

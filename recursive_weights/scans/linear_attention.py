@@ -60,9 +60,7 @@ def scan(
     ValueError: a shape, the algorithm or the chunk is wrong.
     UserError: 'fused' on a GPU that cannot run kernels.
   """
-  chunk = chunks.choose(
-    algorithm, chunk, v_BTHV.shape[1], chunks.MATRIX_ALGORITHMS
-  )
+  chunk = chunks.choose(algorithm, chunk, v_BTHV.shape[1])
   given = chunks.prepare(
     q_BTGK, k_BTGK, v_BTHV, log_decay, None, state, fresh, resets, mask
   )

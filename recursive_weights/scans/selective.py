@@ -21,8 +21,6 @@ import jax.numpy as jnp
 from recursive_weights.interfaces import Array
 from recursive_weights.scans import chunks
 
-ALGORITHMS = (*chunks.ALGORITHMS, 'auto')
-
 
 class Pending(NamedTuple):
   """A prefill whose tokens are not yet accepted: what `commit` needs.
@@ -63,17 +61,20 @@ def scan(
     b_BTN, c_BTN: input and output maps.
     state, fresh, resets, mask: see the package; states are `[B, D, N]`.
     algorithm: 'chunked' (parallel within chunks), 'recurrent' (token by token
-      within chunks: less work), or 'auto': recurrent on a CPU, else chunked.
-      Both keep only the states between chunks for the backward pass.
+      within chunks: less work), 'fused' (a GPU kernel, token by token), or
+      'auto': recurrent on a CPU, else chunked. All keep only the states between
+      chunks for the backward pass.
     chunk: tokens a chunk, a power of two.
 
   Returns:
     Outputs `[B, T, D]` in the dtype of x, and the last state, float32.
 
   Raises:
-    ValueError: a shape, the algorithm or the chunk is wrong.
+    ValueError: a shape, the algorithm or the chunk is wrong, or 'fused' does
+      not take D and N, see `kernels.selective`.
+    UserError: 'fused' on a GPU that cannot run kernels.
   """
-  chunk = chunks.choose(algorithm, chunk, x_BTD.shape[1], ALGORITHMS)
+  chunk = chunks.choose(algorithm, chunk, x_BTD.shape[1])
   y, state, _ = _chunked(
     *(x_BTD, dt_BTD, a_DN, b_BTN, c_BTN),
     *(state, fresh, resets, mask, algorithm, chunk),
@@ -96,7 +97,7 @@ def prefill(
   chunk: int = 64,
 ) -> tuple[Array, Pending]:
   """As `scan`; `commit(pending, length_B)` gives the states."""
-  chunk = chunks.choose(algorithm, chunk, x_BTD.shape[1], ALGORITHMS)
+  chunk = chunks.choose(algorithm, chunk, x_BTD.shape[1])
   y, _, pending = _chunked(
     *(x_BTD, dt_BTD, a_DN, b_BTN, c_BTN),
     *(state, fresh, resets, mask, algorithm, chunk),
@@ -190,6 +191,16 @@ def _chunked(
     _split(z, count, chunk) for z in (*tokens, resets[..., None])
   )
   resets = resets[..., 0]
+  pending = Pending(state, x, dt, b, resets, a_DN, fresh)
+  if algorithm == 'fused':
+    from recursive_weights.scans.kernels import selective
+
+    x, dt, b, c, resets = (_join(z) for z in (x, dt, b, c, resets))
+    y, state, starts = selective.scan(
+      *(x, dt, a_DN, b, c, state, fresh, resets), chunk=chunk
+    )
+    y = y[:, :length].astype(x_BTD.dtype)
+    return y, state, pending._replace(starts=starts)
 
   @jax.checkpoint
   def run(state, a_DN, fresh, tokens):
@@ -213,8 +224,8 @@ def _chunked(
 
   state, (starts, y) = jax.lax.scan(body, state, (x, dt, b, resets, c))
   y = y.reshape(count * chunk, batch, width)[:length]
-  pending = Pending(starts, x, dt, b, resets, a_DN, fresh)
-  return y.swapaxes(0, 1).astype(x_BTD.dtype), state, pending
+  y = y.swapaxes(0, 1).astype(x_BTD.dtype)
+  return y, state, pending._replace(starts=starts)
 
 
 def _split(z_BTD, count, chunk):
@@ -222,6 +233,11 @@ def _split(z_BTD, count, chunk):
   batch, length, width = z_BTD.shape
   z = jnp.pad(z_BTD, ((0, 0), (0, count * chunk - length), (0, 0)))
   return z.swapaxes(0, 1).reshape(count, chunk, batch, width)
+
+
+def _join(z):
+  """The reverse of `_split`, but for the zeros."""
+  return z.reshape(-1, *z.shape[2:]).swapaxes(0, 1)
 
 
 def _check(x_BTD, dt_BTD, a_DN, b_BTN, c_BTN):

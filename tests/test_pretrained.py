@@ -35,6 +35,21 @@ def test_small_sudokus_are_solved_as_stated():
   assert abs(results[key] - stated[key]) < 0.006
 
 
+def test_codes_are_recalled_as_stated():
+  """Within rounding of another machine: three codes of 128 may flip."""
+  stored, load = restore.pretrained('hybrid_recall')
+  config = config_lib.from_data(stored)
+  recall = config.evaluators.after.recall.to_dict()
+  recall |= {'distances': (32, 128), 'control': False}
+  config.evaluators.after = {'recall': recall}
+  results = build.evaluate(config_lib.to_data(config), load, output_dir='')
+  stated = json_files.read(pretrained.folder('hybrid_recall') / 'results.json')
+  for distance, least in ((32, 0.95), (128, 0.7)):
+    key = f'recall/passkey@{distance}'
+    assert stated[key] >= least > stated[f'recall/random/passkey@{distance}']
+    assert abs(results[key] - stated[key]) < 0.025
+
+
 @pytest.mark.slow
 def test_the_hardest_sudoku_is_solved():
   stored, load = restore.pretrained('trm_sudoku')

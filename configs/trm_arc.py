@@ -10,12 +10,13 @@ goes the whole way in small, on a CPU: 40 tasks of ARC-AGI-1 with grids of up
 to 7 x 7 on a canvas of 10 x 10, 16 versions of each, of which 8 vote on a test,
 and `runs/arc/submission.json` in the format of the prize beside the scores
 `test/pass@1` and `test/pass@2`. It shows that the path from the data to a
-scored file works. No accuracy is claimed of so short a run: seed 0, 2 to 3
-steps a second on one core of a busy machine, solved no test.
+scored file works. No accuracy is claimed of so short a run: seed 0, 11 minutes
+of one core of a busy machine, solved no test
+(`benchmarks/results/trm_arc_small.jsonl`).
 
   step              50    200   500   1,000  2,000  3,000
-  training loss     2.11  1.71  1.48  1.00   .93    .98
-  validation loss               1.66  1.13   1.02   .90   (squares: .68 right)
+  training loss     2.11  1.63  1.42  1.06   .91    1.00
+  validation loss               1.47  1.10   1.03   .85   (squares: .70 right)
 
 Your own tasks, --config.task.train_path=... --config.task.eval_path=..., may
 lack the outputs of the tests in the second file, as the prize's do: they are

@@ -115,7 +115,7 @@ steps, the test at the end:
                        parameters   1,000   4,000           test
   as published (`T2n2`)    95,489   .600    .995 +- .002    .994 +- .005
   4 blocks                189,953   .554    .993 +- .001    .995 +- .001
-  `T2n3`, seed 0           95,489   .809   1.000           1.000
+  `T2n3`                   95,489   .562    .997 +- .002    .999 +- .001
   `T1n2`                   95,489   .624    .985 +- .001    .986 +- .012
   `T1n5`                   95,489   .531    .995 +- .006    .995 +- .005
   `T3n1`                   95,489   .536    .986 +- .009    .991 +- .007
@@ -133,9 +133,9 @@ steps, the test at the end:
 
 Here depth without recursion fails, with as much arithmetic or with six times
 the weights. Two blocks at as many applied a step as four (`T2n3`, ten minutes
-of a CPU core) learn sooner and solve as many or more; but that is one seed
-(four blocks have .484, .992 and .996 of it), whose slots drew the least number
-of steps at every step, those of the others once for an example. More updates of
+of a CPU core a seed) solve as many; the paper found them better (the slots of
+this row drew the least number of steps at every step, those of the others once
+for an example). More updates of
 the thought (`T2n4`) are a little better, fewer are a little worse, and so is a
 gradient through one of them, which is also slower: as the paper found. A
 single state learns much sooner, which it did not. The others make no difference

@@ -241,9 +241,9 @@ def make_step(
       )
       metrics = metrics | {'halted': carry['halted'].mean()}
     if axis is not None:
-      taken, numbers = tables_lib.gathered(grads, numbers, axis)
+      of_all, numbers = tables_lib.gathered(grads, numbers, axis)
       grads, metrics = jax.lax.pmean((grads, metrics), axis)
-      grads = tables_lib.replaced(grads, taken)
+      grads = tables_lib.replaced(grads, of_all)
     grads = tables_lib.summed(grads, numbers)
     # The state with the rows of this step in the place of tables.
     taken = tables_lib.rows(state.params, numbers)
@@ -294,11 +294,11 @@ def make_step(
     # A bad update never lands. The choice sits here, and not in the loop, so
     # that XLA fuses it with the update.
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-    moves = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
-    whole = tables_lib.added(state.params, numbers, moves)
+    moves = {table: jnp.where(finite, updates[table], 0) for table in numbers}
+    after = tables_lib.added(state.params, numbers, moves)
     return new._replace(
-      params=tables_lib.replaced(new.params, whole),
-      ema=tables_lib.replaced(new.ema, whole),
+      params=tables_lib.replaced(new.params, after),
+      ema=tables_lib.replaced(new.ema, after),
     ), metrics
 
   return step

@@ -43,10 +43,8 @@ def rows(params: Tree, numbers: Mapping[str, Array]) -> dict[str, Array]:
 def summed(grads: Tree, numbers: Mapping[str, Array]) -> Tree:
   """Gradients of equal rows added up in the first of them; zero in the rest."""
   for table, rows_B in numbers.items():
-    same_BB = rows_B[:, None] == rows_B[None]
-    first_B = same_BB.argmax(1) == jnp.arange(len(rows_B))
-    share_BB = (same_BB & first_B[:, None]).astype(grads[table].dtype)
-    total = jnp.tensordot(share_BB, grads[table], 1, precision='highest')
+    first_B = (rows_B[:, None] == rows_B[None]).argmax(1)
+    total = jax.ops.segment_sum(grads[table], first_B, len(rows_B))
     grads = replaced(grads, {table: total})
   return grads
 

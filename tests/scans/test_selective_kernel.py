@@ -12,7 +12,7 @@ from recursive_weights.scans import selective
 from recursive_weights.scans.kernels import selective as kernel
 from tests.pretended_gpu import pretend
 
-B, T, D, N, CHUNK = 2, 21, 48, 4, 8  # three blocks of channels, two chunks
+B, T, D, N, CHUNK = 2, 21, 48, 4, 8  # three blocks of channels, three chunks
 MEANS = {'open': 0.0, 'tame': -0.05, 'violent': -80.0, 'shut': -1e4}
 
 

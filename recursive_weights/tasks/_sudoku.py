@@ -128,23 +128,33 @@ def complete(stream: np.random.Generator, count: int, size: int) -> np.ndarray:
 
 
 def dig(
-  stream: np.random.Generator, solutions_BX: np.ndarray, clues_B: np.ndarray
+  stream: np.random.Generator,
+  puzzles_BX: np.ndarray,
+  solutions_BX: np.ndarray,
+  clues_B: np.ndarray,
 ) -> np.ndarray:
-  """Puzzles with these unique solutions: cells are blanked in random order.
+  """Blanks cells of puzzles with these unique solutions, in random order.
 
   A cell stays where without it a second solution exists, and from `clues_B`
   clues on. Where a unique puzzle loses clue d of a cell, every other solution
   has another digit there, so it is enough to look for one without d.
 
+  Args:
+    stream: of the order.
+    puzzles_BX: uint8 `[B, X]`; the solutions themselves have all cells.
+    solutions_BX: their solutions.
+    clues_B: fewest clues.
+
   Returns:
     uint8 `[B, X]`. A puzzle that has more than `clues_B` clues is minimal: none
     of them can go.
   """
-  count, cells = solutions_BX.shape
-  order_BX = stream.random((count, cells)).argsort(axis=1)
-  puzzles_BX = solutions_BX.copy()
+  order_BX = stream.random(solutions_BX.shape).argsort(axis=1)
+  puzzles_BX = puzzles_BX.copy()
+  every = np.arange(len(puzzles_BX))
   for cell_B in order_BX.T:
-    rows_B = np.flatnonzero((puzzles_BX > 0).sum(axis=1) > clues_B)
+    more_B = (puzzles_BX > 0).sum(axis=1) > clues_B
+    rows_B = np.flatnonzero(more_B & (puzzles_BX[every, cell_B] > 0))
     cell_B = cell_B[rows_B]
     tried_BX = puzzles_BX[rows_B]
     tried_BX[np.arange(len(rows_B)), cell_B] = 0
@@ -155,6 +165,38 @@ def dig(
     can_go_B = found_B == 0
     puzzles_BX[rows_B[can_go_B], cell_B[can_go_B]] = 0
   return puzzles_BX
+
+
+def wander(
+  stream: np.random.Generator,
+  puzzles_BX: np.ndarray,
+  solutions_BX: np.ndarray,
+  *,
+  steps: int,
+  shown: int = 3,
+  share: float = 0.25,
+) -> np.ndarray:
+  """Puzzles near given ones: other clues of the same unique solutions.
+
+  A step fills `shown` random blanks and then digs until no clue can go. It is
+  taken where the proof that the new puzzle is unique needs at least `share` of
+  the guesses that the given one's needs, so that hard ones stay hard; else the
+  walk stays where it is.
+
+  Returns:
+    uint8 `[steps, B, X]`, the puzzle of every walk after every step.
+  """
+  least_B = share * solve(puzzles_BX)[2]
+  none_B, found = np.zeros(len(puzzles_BX), int), []
+  for _ in range(steps):
+    key_BX = np.where(puzzles_BX > 0, 2, stream.random(puzzles_BX.shape))
+    fill_BX = key_BX.argsort(axis=1).argsort(axis=1) < shown
+    filled_BX = np.where(fill_BX, solutions_BX, puzzles_BX)
+    near_BX = dig(stream, filled_BX, solutions_BX, none_B)
+    hard_B = solve(near_BX)[2] >= least_B
+    puzzles_BX = np.where(hard_B[:, None], near_BX, puzzles_BX)
+    found.append(puzzles_BX)
+  return np.stack(found)
 
 
 def _pop(stack):

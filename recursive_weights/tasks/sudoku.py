@@ -120,7 +120,7 @@ def make(
   ):
     if path:
       data_hash[split] = _puzzle_files.sha256(path)
-      data[split] = _read(path, data_hash[split], size, limit, check_unique)
+      data[split] = read(path, data_hash[split], size, limit, check_unique)
     else:
       data[split] = _generate(size, clues, guesses, split, count)
       data_hash[split] = _puzzle_files.sha256(data[split])
@@ -249,7 +249,7 @@ def _generate(size, clues, guesses, split, count):
       inside_B = _splits.by_hash(hash_B >> np.uint64(32)) == wanted
       solutions_BX = solutions_BX[inside_B][: missing + missing // 8 + 1]
     clues_B = stream.integers(clues[0], clues[1] + 1, len(solutions_BX))
-    puzzles_BX = _sudoku.dig(stream, solutions_BX, clues_B)
+    puzzles_BX = _sudoku.dig(stream, solutions_BX, solutions_BX, clues_B)
     found_BX = np.concatenate([puzzles_BX, solutions_BX], axis=1)
     if guesses:
       hard_B = _sudoku.solve(puzzles_BX)[2] >= guesses
@@ -273,8 +273,17 @@ def _generate(size, clues, guesses, split, count):
 
 
 @functools.lru_cache(maxsize=16)
-def _read(path, digest, size, limit, check_unique):
-  """Puzzles and solutions of a file, checked, uint8 `[B, X]` each."""
+def read(
+  path: str,
+  digest: str = '',
+  size: int = 9,
+  limit: int = 0,
+  check_unique: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Puzzles and solutions of a file, checked, uint8 `[B, X]` each; see `make`.
+
+  Where the digest is another the file is read again.
+  """
   del digest  # a file that changed is read again
   rows = _puzzle_files.read(path, limit)
   known = '.123456789'[: size + 1]

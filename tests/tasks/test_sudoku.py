@@ -136,7 +136,9 @@ def test_solvers_agree_on_how_many_solutions(size):
   """Unique puzzles with a clue less or a wrong clue: none, one or several."""
   rng = np.random.default_rng(0)
   solutions_BX = _sudoku.complete(stream(), 30, size)
-  puzzles_BX = _sudoku.dig(stream(), solutions_BX, np.zeros(30, int))
+  puzzles_BX = _sudoku.dig(
+    stream(), solutions_BX, solutions_BX, np.zeros(30, int)
+  )
   for row, puzzle in enumerate(puzzles_BX):
     cell = rng.choice(np.flatnonzero(puzzle))
     puzzle[cell] = 0 if row % 2 else puzzle[cell] % size + 1
@@ -155,11 +157,40 @@ def test_solvers_agree_on_how_many_solutions(size):
 
 def test_minimal_puzzles_have_no_clue_to_spare():
   solutions_BX = _sudoku.complete(stream(), 3, 6)
-  for puzzle in _sudoku.dig(stream(), solutions_BX, np.zeros(3, int)):
+  for puzzle in _sudoku.dig(
+    stream(), solutions_BX, solutions_BX, np.zeros(3, int)
+  ):
     for cell in np.flatnonzero(puzzle):
       less = puzzle.copy()
       less[cell] = 0
       assert len(cover(less)) == 2
+
+
+def test_walks_keep_the_solution_and_the_difficulty():
+  solutions_BX = _sudoku.complete(stream(), 8, 9)
+  none_B = np.zeros(8, int)
+  puzzles_BX = _sudoku.dig(stream(), solutions_BX, solutions_BX, none_B)
+  hard_B = _sudoku.solve(puzzles_BX)[2]
+  assert (hard_B > 0).any()
+  walk_SBX = _sudoku.wander(
+    stream(1), puzzles_BX, solutions_BX, steps=4, share=0.5
+  )
+  assert walk_SBX.shape == (4, 8, 81)
+  moved = 0
+  for near_BX in walk_SBX:
+    found_BX, count_B, guesses_B = _sudoku.solve(near_BX)
+    assert (count_B == 1).all()
+    np.testing.assert_array_equal(found_BX, solutions_BX)
+    assert (guesses_B >= 0.5 * hard_B).all()
+    moved += (near_BX != puzzles_BX).any(axis=1).sum()
+  assert moved > 8
+  near = next(
+    x for x, y in zip(near_BX, puzzles_BX, strict=True) if (x != y).any()
+  )
+  for cell in np.flatnonzero(near):
+    less = near.copy()
+    less[cell] = 0
+    assert len(cover(less)) == 2
 
 
 def test_guesses_rate_a_puzzle_and_not_its_neighbours():
@@ -225,7 +256,7 @@ def test_equivalent_grids_share_a_hash(size):
 def test_equivalent_small_puzzles_share_a_hash():
   rng = np.random.default_rng(0)
   grids_BX = _sudoku.complete(stream(), 60, 4)
-  puzzles_BX = _sudoku.dig(stream(), grids_BX, rng.integers(4, 9, 60))
+  puzzles_BX = _sudoku.dig(stream(), grids_BX, grids_BX, rng.integers(4, 9, 60))
   hash_B = _sudoku_symmetry.hash_puzzles(puzzles_BX)
   for _ in range(10):
     np.testing.assert_array_equal(
@@ -375,7 +406,9 @@ def write(path, rows, header='source,question,answer,rating'):
 @pytest.fixture(scope='module')
 def pairs():
   solutions_BX = _sudoku.complete(stream(3), 6, 4)
-  puzzles_BX = _sudoku.dig(stream(3), solutions_BX, np.zeros(6, int))
+  puzzles_BX = _sudoku.dig(
+    stream(3), solutions_BX, solutions_BX, np.zeros(6, int)
+  )
   return [
     (text(q), text(a)) for q, a in zip(puzzles_BX, solutions_BX, strict=True)
   ]

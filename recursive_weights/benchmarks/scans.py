@@ -9,12 +9,17 @@ state at the end of every text, as text is read. Algorithm `step` is one token
 from a state, as text is written: one line for all lengths and chunks. Kernels
 of matrix states (`fused`) have a chunk of their own, which is printed.
 
-Times are of calls each waited for, which on a CPU is most of a small step's
-time; memory is by the compiler's count: temporaries, and with arguments and
-outputs the peak. Arithmetic is that of the recurrence token by token, traffic
-that of inputs, outputs and their gradients once each. The share of the roofline
-is the larger of the shares of the device's arithmetic and bandwidth that these
-come to: 1 where no program could be faster.
+On a CPU every call is waited for, which is most of a small step's time.
+Elsewhere ten are started and the last is waited for (`calls`, in every line):
+the device works on one while the host starts the next, as in training, and
+results of all but the last are dropped at once. A time is the mean of such
+calls; `ms` is the median of `--repeats` of them, `ms_min` the least.
+
+Memory is by the compiler's count, of one call: temporaries, and with arguments
+and outputs the peak. Arithmetic is that of the recurrence token by token,
+traffic that of inputs, outputs and their gradients once each. The share of the
+roofline is the larger of the shares of the device's arithmetic and bandwidth
+that these come to: 1 where no program could be faster.
 Flags give the two of a device that is not known here, such as a CPU.
 
   python -m recursive_weights.benchmarks.scans --kernel kimi_delta rwkv6 \
@@ -29,6 +34,7 @@ import json
 import statistics
 import time
 import types
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +62,7 @@ KERNELS = (
 
 GRID = ('kernel', 'dtype', 'algorithm', 'chunk', 'batch', 'length', 'heads')
 STEP, FUSED = 'step', 'fused'
+IN_FLIGHT = 10  # calls, where the device works while the host goes on
 
 
 def build(kernel: str, size: argparse.Namespace, dtype: str):
@@ -162,20 +169,32 @@ def grid(flags: argparse.Namespace) -> list[argparse.Namespace]:
   return [argparse.Namespace(**vars(flags) | size) for size in once.values()]
 
 
-def measure(function, inputs: list, repeats: int) -> dict:
+def clock(run: Callable, *, repeats: int, calls: int) -> list[float]:
+  """Milliseconds of a call, means over `calls` of which the last is waited for.
+
+  A device does them in turn, so all have ended then. Nothing holds the results
+  of the others.
+  """
+  times = []
+  for _ in range(2 + repeats):
+    started = time.perf_counter()
+    for _ in range(calls - 1):
+      run()
+    jax.block_until_ready(run())
+    times.append(1e3 * (time.perf_counter() - started) / calls)
+  return times[2:]
+
+
+def measure(function, inputs: list, *, repeats: int, calls: int) -> dict:
   """Median time of a call, and the memory that the compiler plans."""
   started = time.perf_counter()
   compiled = jax.jit(function).lower(*inputs).compile()
   compile_s = time.perf_counter() - started
-  times = []
-  for _ in range(2 + repeats):
-    started = time.perf_counter()
-    jax.block_until_ready(compiled(*inputs))
-    times.append(1e3 * (time.perf_counter() - started))
+  times = clock(lambda: compiled(*inputs), repeats=repeats, calls=calls)
   memory = compiled.memory_analysis()
   return {
-    'ms': round(statistics.median(times[2:]), 3),
-    'ms_min': round(min(times[2:]), 3),
+    'ms': round(statistics.median(times), 3),
+    'ms_min': round(min(times), 3),
     'temporary_bytes': getattr(memory, 'temp_size_in_bytes', None),
     'peak_bytes': device.peak_bytes(memory),
     'compile_s': round(compile_s, 1),
@@ -241,12 +260,17 @@ def main() -> None:
   parser.add_argument('--precision', default='highest')
   parser.add_argument('--repeats', type=int, default=10)
   parser.add_argument(
+    '--calls', type=int, help='in flight; 1 on a CPU and 10 elsewhere'
+  )
+  parser.add_argument(
     '--bandwidth', type=float, help="the device's, GB/s, if not known"
   )
   parser.add_argument(
     '--peak', type=float, help="the device's arithmetic, TFLOP/s, if not known"
   )
   flags = parser.parse_args()
+  alone = jax.default_backend() == 'cpu'
+  flags.calls = flags.calls or (1 if alone else IN_FLIGHT)
   for size in grid(flags):
     line = {name: getattr(size, name) for name in GRID}
     line |= {
@@ -254,12 +278,15 @@ def main() -> None:
       'value_width': size.value_width,
       'device': jax.devices()[0].device_kind,
       'jax': jax.__version__,
+      'calls': size.calls,
     }
     most = roof(size, size.dtype)
     line |= {key: x for key, x in most.items() if x}
     for name, (function, arguments) in cases(size).items():
       try:
-        found = measure(function, arguments, size.repeats)
+        found = measure(
+          function, arguments, repeats=size.repeats, calls=size.calls
+        )
       except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
         line[f'{name}_failed'] = str(error)[:300]
         continue

@@ -3,6 +3,7 @@
 import argparse
 import json
 import types
+import weakref
 
 import chex
 import jax
@@ -30,6 +31,55 @@ def test_share_of_the_roofline(monkeypatch, capsys):
     outputs = 4 * 2 + 2 * 2 if name == 'forward' else inputs + 1
     held = line[f'{name}_peak_bytes'] - line[f'{name}_temporary_bytes']
     assert held >= 4 * (inputs + outputs)
+
+
+@pytest.mark.parametrize('calls', [1, 3])
+def test_of_calls_in_flight_the_last_is_waited_for(calls, monkeypatch):
+  """Its result alone is held, and a time is a call's share."""
+  now, held, waited = 0.0, weakref.WeakSet(), []
+
+  class Result:
+    pass
+
+  def run():
+    nonlocal now
+    now += 0.5
+    assert not held
+    result = Result()
+    held.add(result)
+    return result
+
+  def wait(result):
+    nonlocal now
+    now += 3.0
+    waited.append(list(held) == [result])
+
+  clock = types.SimpleNamespace(perf_counter=lambda: now)
+  monkeypatch.setattr(scans, 'time', clock)
+  monkeypatch.setattr(jax, 'block_until_ready', wait)
+  found = scans.clock(run, repeats=4, calls=calls)
+  assert found == [pytest.approx(500 + 3000 / calls)] * 4
+  assert waited == [True] * 6
+
+
+@pytest.mark.parametrize(
+  ('flag', 'platform', 'calls'),
+  [('', 'cpu', 1), ('', 'gpu', 10), ('--calls 1', 'gpu', 1)],
+)
+def test_lines_say_how_many_calls_were_in_flight(
+  flag, platform, calls, monkeypatch, capsys
+):
+  given = []
+
+  def measure(function, inputs, *, repeats, calls):
+    given.append((repeats, calls))
+    return {'ms': 1.0}
+
+  monkeypatch.setattr(scans, 'measure', measure)
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+  command = '--kernel ssd --algorithm step --heads 1'
+  (line,) = lines(monkeypatch, capsys, f'{command} {flag}')
+  assert line['calls'] == calls and given == [(1, calls)]
 
 
 SMALL = '--key_width 2 --value_width 2 --repeats 1'

@@ -197,9 +197,10 @@ def _shares(q, k, total):
   score = _products(q, k)
   exists = jnp.arange(score.shape[1])[None] < total
   score = jnp.where(exists, score, -1e30)
-  # By powers of two, which the GPU has an instruction for.
-  score = score * np.float32(np.log2(np.e) / np.sqrt(2 * half))
-  e = jnp.exp2(score - score.max(1)[:, None])
+  # By powers of two, which the GPU has an instruction for; scaled and shifted
+  # by one more.
+  scale = np.float32(np.log2(np.e) / np.sqrt(2 * half))
+  e = jnp.exp2(score * scale - (score.max(1) * scale)[:, None])
   return e, 1 / e.sum(1)
 
 

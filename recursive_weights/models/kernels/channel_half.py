@@ -176,15 +176,15 @@ def _fit(tiles, width, hidden):
 
 
 def _whole(params, x_ND, tiles, interpret, keep=False):
-  """The result, its scale and, where they are to be kept, gate and up."""
+  """The result, its scale and, if `keep`, hidden units and products."""
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
   if tiles.wide:
-    hidden_NF, *kept = wide_product.gated(
-      gate_DF, up_DF, x_ND, tiles.wide, keep
-    )
+    kept = wide_product.gated(gate_DF, up_DF, x_ND, tiles.wide, keep)
+    hidden_NF = kept[0]
   else:
-    hidden_NF, kept = _gated(gate_DF, up_DF, x_ND, tiles, interpret), []
-  return *_projected(down_FD, hidden_NF, x_ND, tiles, interpret), kept
+    hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
+  y_ND, scale_N = _projected(down_FD, hidden_NF, x_ND, tiles, interpret)
+  return y_ND, scale_N, kept if keep else ()
 
 
 def _mix_forward(params, x_ND, tiles, interpret):
@@ -199,8 +199,9 @@ def _mix_backward(tiles, interpret, saved, g_ND):
   dr_ND = _norm_back(y_ND, scale_N, g_ND, tiles, interpret)
   weights = gate_DF, up_DF, down_FD
   if kept:
-    dgate_up_N2F, hidden_NF = wide_product.kept_backward(
-      down_FD, *kept, dr_ND, tiles.wide
+    hidden_NF, both_N2F = kept
+    dgate_up_N2F = wide_product.kept_backward(
+      down_FD, both_N2F, dr_ND, tiles.wide
     )
   elif tiles.wide:
     dgate_up_N2F, hidden_NF = wide_product.gated_backward(

@@ -40,8 +40,9 @@ class Tiles(NamedTuple):
 class Plan(NamedTuple):
   """Tiles of the kernels.
 
-  keep: gate and up are kept for the backward pass, which then has one product
-  (`kept`) for three (`backward`); None: as the caller finds best. blocks: of a
+  keep: gate, up and the hidden units are kept for the backward pass, which then
+  has one product (`kept`) for three (`backward`); None: as the caller finds
+  best. blocks: of a
   launch; 0 for as many as the device has multiprocessors. interpret: for
   `plgpu.kernel`.
   """
@@ -361,8 +362,8 @@ def gated_backward(
 @functools.partial(jax.jit, static_argnames='plan')
 def kept_backward(
   down_FD: Array, both_N2F: Array, dr_ND: Array, plan: Plan
-) -> tuple[Array, Array]:
-  """What `gated_backward` returns, from the products that `gated` kept."""
+) -> Array:
+  """Gradients `[N, 2F]` of gate and up, from the products that `gated` kept."""
   tiles = plan.kept
   (total, width), hidden = dr_ND.shape, down_FD.shape[0]
   dtype, half = dr_ND.dtype, tiles.rows // 2
@@ -371,8 +372,8 @@ def kept_backward(
   # By this step of a tile the one before is left, without waiting for it.
   late = min(tiles.stages, steps - 1)
 
-  def block(dr_gmem, down_gmem, both_gmem, dboth_gmem, h_gmem):
-    def scoped(left, downs, kept, outs, full, empty, ready, free):
+  def block(dr_gmem, down_gmem, both_gmem, dboth_gmem):
+    def scoped(left, downs, kept, full, empty, ready, free):
       loop = _Loop(grid, steps, tiles, full, empty)
       group = jax.lax.axis_index('group')
 
@@ -409,23 +410,16 @@ def kept_backward(
 
           loop.contract(number, issue, 1)
           plgpu.barrier_wait(ready)
-          u, v = (
-            kept.at[which, group][...].astype(jnp.float32) for which in (0, 1)
-          )
-          values = tiling.swiglu_backward(u, v, dh_acc[...])
           places = [kept.at[which, group] for which in (0, 1)]
-          places += [outs.at[group]]
-          for smem, value in zip(places, values, strict=True):
-            smem[...] = value.astype(dtype)
+          u, v = (place[...].astype(jnp.float32) for place in places)
+          du, dv, _ = tiling.swiglu_backward(u, v, dh_acc[...])
+          for place, value in zip(places, (du, dv), strict=True):
+            place[...] = value.astype(dtype)
           plgpu.commit_smem()
           rows = pl.ds(row + group * half, half)
-          for gmem, first, smem in (
-            (dboth_gmem, column, places[0]),
-            (dboth_gmem, column + hidden, places[1]),
-            (h_gmem, column, places[2]),
-          ):
-            at = rows, pl.ds(first, tiles.columns)
-            plgpu.copy_smem_to_gmem(smem, gmem.at[at])
+          for which, place in enumerate(places):
+            columns = pl.ds(column + which * hidden, tiles.columns)
+            plgpu.copy_smem_to_gmem(place, dboth_gmem.at[rows, columns])
 
         pl.run_scoped(accumulate, plgpu.ACC((half, tiles.columns), jnp.float32))
 
@@ -436,15 +430,11 @@ def kept_backward(
       left=_memory(tiles.rows, tiles.width, dtype, tiles.stages),
       downs=_memory(tiles.width, tiles.columns, dtype, tiles.stages),
       kept=_memory(half, tiles.columns, dtype, 2, 2),
-      outs=_memory(half, tiles.columns, dtype, 2),
       ready=plgpu.Barrier(num_arrivals=4),
       free=plgpu.Barrier(num_arrivals=2),
       **_barriers(tiles.stages, 2),
       collective_axes='group',
     )
 
-  out_type = (
-    jax.ShapeDtypeStruct((total, 2 * hidden), dtype),
-    jax.ShapeDtypeStruct((total, hidden), dtype),
-  )
+  out_type = jax.ShapeDtypeStruct((total, 2 * hidden), dtype)
   return _launch(block, out_type, plan, dr_ND, down_FD.T, both_N2F)

@@ -85,10 +85,12 @@ def test_gradients_from_products_that_were_kept(ahead, width):
   wide = (a.astype(jnp.float32) for a in (x_ND, gate, up))
   x, gate, up = wide
   assert distance(both, jnp.concatenate([x @ gate, x @ up], 1)) < 3e-3
-  dboth, h = wide_product.kept_backward(down, both, dr_ND, keeps)
-  dgate, dup, exact_h = exact(weights, x_ND, dr_ND)
+  # Three tiles of one block: what is kept lies where the last one lay.
+  one = keeps._replace(blocks=1)
+  dboth = wide_product.kept_backward(down, both, dr_ND, one)
+  dgate, dup, h = exact(weights, x_ND, dr_ND)
+  assert distance(hidden, h) < 3e-3
   assert distance(dboth, jnp.concatenate([dgate, dup], 1)) < 5e-3
-  assert distance(h, exact_h) < 5e-3
 
 
 def test_only_whole_tiles_fit():

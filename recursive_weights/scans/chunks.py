@@ -228,7 +228,7 @@ def per_head(x_BGK: Array, heads: int) -> Array:
 def pending_of(given: Inputs, written_BTHV: Array) -> Pending:
   """A prefill as one chunk, for no state inside it is known."""
   length, groups = given.q_BTGK.shape[1:3]
-  chunk = 1 << max(length - 1, 1).bit_length()
+  chunk = max(length, 1)
   k, written, log_decay = (
     split(x, chunk, groups)
     for x in (given.k_BTGK, written_BTHV, given.log_decay_BTHK)
@@ -268,7 +268,8 @@ def commit(pending: Pending, length_B: Array) -> Array:
   )
   on = on_NC[:, None, :]
   k = jnp.where(on[..., None], k, jnp.zeros([], k.dtype))
-  factors = decay.anchors(
+  # Not by anchors: of a whole sequence they compile for most of a minute.
+  factors = decay.ends(
     jnp.where(on[..., None], log_decay, 0.0),
     resets & on,
     fresh=pending.fresh is not None,

@@ -110,6 +110,31 @@ def anchors(
   return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
 
+class Ends(NamedTuple):
+  """Of `Anchors` what a state at the end of the chunk needs."""
+
+  write_CK: Array
+  whole_K: Array
+  fresh_whole_K: Tree = None
+
+
+def ends(log_decay_CK: Array, resets_C: Array, *, fresh: bool = False) -> Ends:
+  """Decay factors from all tokens to the end; arguments as for `anchors`.
+
+  Sums from the end alone, so C is any number and may be a whole sequence.
+  """
+  resets_C1 = resets_C[..., None]
+  kept_CK = jnp.where(resets_C1, -jnp.inf, log_decay_CK)
+  sum_CK = jax.lax.cumsum(kept_CK, axis=kept_CK.ndim - 2, reverse=True)
+  last_CK = jnp.zeros_like(sum_CK[..., :1, :])
+  write_CK = jnp.exp(jnp.concatenate([sum_CK[..., 1:, :], last_CK], axis=-2))
+  fresh_whole_K = None
+  if fresh:
+    born_CK = jnp.where(resets_C1, jnp.exp(log_decay_CK), 0.0)
+    fresh_whole_K = (born_CK * write_CK).sum(-2)
+  return Ends(write_CK, jnp.exp(sum_CK[..., 0, :]), fresh_whole_K)
+
+
 def scores(
   q_CK: Array,
   k_CK: Array,

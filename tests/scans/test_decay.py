@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recursive_weights.scans import decay
+from recursive_weights.scans import chunks, decay
 
 C, K = 8, 3
 
@@ -88,6 +88,41 @@ def test_ends_of_a_chunk(exclusive):
     (factors.fresh_whole_K, np.exp(gates_CK[5:].sum(0))),
   ):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('length', [C, C - 1, 1])
+def test_ends_alone_of_any_length(length):
+  gates_CK, resets_C = (x[C - length :] for x in given(0.3))
+  wide_CK, told_C = jnp.asarray(gates_CK, jnp.float32), jnp.asarray(resets_C)
+  found = decay.ends(wide_CK, told_C, fresh=True)
+  write = [between(gates_CK, resets_C, j + 1, C) for j in range(length)]
+  np.testing.assert_allclose(found.write_CK, write, rtol=1e-5, atol=1e-7)
+  whole = between(gates_CK, resets_C, 0, C)
+  np.testing.assert_allclose(found.whole_K, whole, rtol=1e-5, atol=1e-7)
+  starts = np.flatnonzero(resets_C)
+  born = np.exp(gates_CK[starts[-1] :].sum(0)) if starts.size else 0 * whole
+  np.testing.assert_allclose(found.fresh_whole_K, born, rtol=1e-5, atol=1e-7)
+
+  def total(wide_CK):
+    return sum(x.sum() for x in decay.ends(wide_CK, told_C, fresh=True))
+
+  for gates in (wide_CK, jnp.where(told_C[:, None], -jnp.inf, wide_CK)):
+    assert np.isfinite(jax.grad(total)(gates)).all()
+
+
+def test_a_commit_is_as_large_a_program_for_any_length():
+  """Else it compiles for a minute where a text is one chunk."""
+
+  def size(length):
+    shapes = (1, 2, 1, 4, 4), (1, 2, 1, length, 4), (1, 2, 1, length)
+    states, tokens, flags = (jnp.zeros(shape) for shape in shapes)
+    pending = chunks.Pending(
+      states, tokens, tokens, tokens, flags > 0, states[0]
+    )
+    program = jax.make_jaxpr(chunks.commit)(pending, jnp.zeros(2, int))
+    return str(program).count(' = ')
+
+  assert size(4096) == size(8)
 
 
 def test_inverse_of_a_unit_triangle():

@@ -183,12 +183,15 @@ What that does and does not show:
 - No test puzzle has a training puzzle's solution, up to symmetry (0 of the
   5,191 and of the 768). At most 16 of the 512 for validation have, so that is
   slightly flattered; nothing was chosen by it.
-- One seed. 10,000 such steps without the new puzzles were not run. What was:
-  the last 8,000 steps of run 2, from .764 to .783 of validation; and from its
-  end 20,000 with decay .7, seed 3 and a half over the cells 512 wide (each unit
-  twice, with noise of a tenth of the weights' spread,
-  --config.model.multiple=512). They made it WORSE: .754 of validation at most
-  and .744 at the end, .813 of the test in 16 steps and .866 in 64.
+- One seed. The same run without the new puzzles (train_path=TRAIN, two H200)
+  was left after 5,850 steps, behind all the way, by 1 to 5 thousand steps:
+    validation      .693  .686  .709  .756  .762
+    training rows   .768  .837  .878  .867  .940
+- Of the old ones run 2 made .764 to .783 of validation in its last 8,000 steps;
+  20,000 from its end with decay .7, seed 3 and a half over the cells 512 wide
+  (each unit twice, with noise of a tenth of the weights' spread,
+  --config.model.multiple=512) made it WORSE: .754 of validation at most and
+  .744 at the end, .813 of the test in 16 steps and .866 in 64.
 - 81 places make the half over the cells 256 wide where 97 make it 512. Whether
   this, the moments or the emptied slots matter was not tried.
 

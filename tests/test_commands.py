@@ -456,3 +456,17 @@ def test_package_imports_fast():
     for _ in range(3)
   ]
   assert min(times) < 1.0
+
+
+def test_benchmarks_of_tiny_recursion_print_their_lines(cache):
+  small = ['--batch=2', '--width=32', '--dtype=float32', '--repeats=1']
+  module = 'recursive_weights.benchmarks.trm'
+  step = ['--fused=plain', '--unrolled=1']
+  code, out, _ = run(cache, '-m', module, *small, *step)
+  (line,) = map(json.loads, out.splitlines())
+  assert code == 0 and line['ms'] > 0 and line['peak_bytes'] > 0
+  halves = ['channel', '--tokens=8', '--settings=1']
+  code, out, _ = run(cache, '-m', f'{module}_halves', *halves, *small)
+  lines = list(map(json.loads, out.splitlines()))
+  assert code == 0 and [x['tiles'] for x in lines][:2] == ['plain', {}]
+  assert all(x['both_ms'] > 0 and x['error'] < 1e-5 for x in lines)

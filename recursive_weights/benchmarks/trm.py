@@ -5,21 +5,16 @@
 prints one JSON line a variant: forward, backward, AdamW and EMA of one
 supervision step, with random inputs and the state donated.
 
-  python -m recursive_weights.benchmarks.trm --halves token channel
-
-times single halves instead, plain and fused with several tiles, forward and
-forward with backward, and says how far each is from float32. `--cell symmetric`
-(by `--mixing` and `--pool`) and `--halves constraint` are the cell for Sudoku,
-whose states are `--width` wide for each of nine digits.
+`--cell symmetric` (by `--mixing` and `--pool`) is the cell for Sudoku, whose
+states are `--width` wide for each of nine digits. `benchmarks.trm_halves` times
+the halves of a block.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,61 +40,12 @@ CLASSES = {'mixer': 11, 'attention': 11, 'symmetric': 9}
 POOL_WIDTH = 64
 PLACES = 81
 
-# What the constraint half pools over, whole and in a block that mixes tokens.
-FAMILIES = {'constraint': tuple(symmetric_block.FAMILIES), 'cell': ('cell',)}
-
 KERNELS = {
   'token': token_half,
   'channel': channel_half,
   'attention': attention,
   'constraint': constraint_half,
   'cell': cell_half,
-}
-
-# Tiles worth a measurement, as changes to the defaults. Forward and backward
-# settings are independent, so one entry tries one of each.
-SETTINGS: dict[str, list[dict]] = {
-  'token': [
-    dict(zip(token_half.Tiles._fields, values, strict=True))
-    for values in (
-      (64, 32, 4, 3, False, 64, 32, 4, 3, False),
-      (64, 32, 4, 3, True, 64, 32, 4, 3, True),
-      (128, 32, 8, 3, False, 64, 32, 4, 2, False),
-      (128, 32, 8, 3, True, 128, 64, 8, 3, False),
-      (64, 16, 4, 3, False, 64, 16, 4, 3, False),
-      (64, 32, 4, 2, False, 64, 64, 4, 2, False),
-    )
-  ],
-  'channel': [
-    {'wide': None},
-    {'down': False},
-    {'down': True},
-    {'wide': {'keep': False}},
-    {'wide': {'keep': True}},
-    {'down': False, 'norm_rows': 32, 'norm_warps': 8},
-    {'norm_rows': 4},
-    {'norm_rows': 16},
-    {'wide': {'keep': False, 'backward': {'ahead': True}}},
-    {'wide': {'gated': {'stages': 4, 'ahead': False}}},
-    {'down': True, 'down_width': 32, 'down_stages': 4},
-  ],
-  'attention': [
-    {'back_heads': 1},
-    {'back_heads': 4},
-    {'warps': 16, 'back_warps': 4},
-    {'warps': 4, 'back_warps': 16},
-  ],
-  'constraint': [
-    {'warps': 8, 'back_warps': 8},
-    {'rows': 128, 'warps': 8, 'back_rows': 128, 'back_warps': 8},
-    {'stages': 3, 'back_stages': 1},
-    {'rows': 32, 'back_rows': 32},
-  ],
-  'cell': [
-    {'warps': 4, 'back_warps': 4},
-    {'rows': 64, 'warps': 4, 'back_rows': 64, 'back_warps': 4},
-    {'rows': 256, 'back_rows': 32, 'back_warps': 4},
-  ],
 }
 
 
@@ -166,119 +112,6 @@ def clock(run, state, *, repeats: int, calls: int) -> list[float]:
     jax.block_until_ready(state)
     times.append(1e3 * (time.perf_counter() - started) / calls)
   return times[2:]
-
-
-def half_params(name: str, tokens: int, width: int, pool: str, key):
-  if name == 'attention':
-    return trm_block.attention_init(key, width)
-  if name in FAMILIES:
-    families = len(FAMILIES[name])
-    return symmetric_block.constraint_init(
-      key, width, POOL_WIDTH, families, pool
-    )
-  size = tokens if name == 'token' else width
-  multiple = 64 if width < 256 else 256
-  return trm_block.swiglu_init(
-    key, size, trm_block.inner_width(size, multiple=multiple)
-  )
-
-
-def half_program(
-  name: str, tokens: int, width: int, pool: str, tiles=None, *, fused: bool
-):
-  """`(params, x) -> y`, plain or fused."""
-  options: dict = {}
-  if name == 'attention':
-    turn = trm_block.rotation(tokens, width // HEADS)
-    options = {'heads': HEADS, 'turn': turn}
-  if name in FAMILIES:
-    options = {'families': FAMILIES[name], 'box': (3, 3), 'pool': pool}
-  if not fused:
-    plain: dict[str, Callable] = {
-      'token': trm_block.token_half,
-      'channel': trm_block.channel_half,
-      'attention': trm_block.attention_half,
-    }
-    program = plain.get(name, symmetric_block.constraint_half)
-    return functools.partial(program, **options)
-  return functools.partial(KERNELS[name].apply, tiles=tiles, **options)
-
-
-def distances(program, exact, params, x, g) -> list[float]:
-  """`|a - b| / |b|` of value, gradient of x and of the parameters."""
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def both(program, params, x, g):
-    y, pull = jax.vjp(program, params, x)
-    dparams, dx = pull(g)
-    return y, dx, dparams
-
-  found = both(program, params, x, g)
-  with jax.default_matmul_precision('highest'):
-    wide = both(exact, params, *(a.astype(jnp.float32) for a in (x, g)))
-  result = []
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wide), strict=True):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    result.append(float(np.linalg.norm(a - b) / np.linalg.norm(b)))
-  return result
-
-
-def measure_half(
-  name: str,
-  tokens: int,
-  batch: int,
-  width: int,
-  pool: str,
-  dtype: str,
-  tiles,
-  *,
-  repeats: int,
-) -> dict:
-  """Times of a half alone; `tiles` None for the plain one, {} for defaults."""
-  keys = jax.random.split(jax.random.key(0), 3)
-  params = half_params(name, tokens, width, pool, keys[0])
-  fused = tiles is not None
-  if fused:
-    tiles = tiles_of(name, tiles)
-  program = half_program(name, tokens, width, pool, tiles, fused=fused)
-  digits = name in FAMILIES or (name == 'channel' and width < 256)
-
-  def states(batch):
-    first = (batch, tokens) if name == 'attention' else (tokens, batch)
-    shape = (*first, *((9,) if digits else ()), width)
-    return [jax.random.normal(key, shape).astype(dtype) for key in keys[1:]]
-
-  exact = half_program(name, tokens, width, pool, fused=False)
-  x, g = states(min(batch, 8))
-  line = {'error': max(distances(program, exact, params, x, g))}
-  x, g = states(batch)
-  forward = jax.jit(program)
-
-  @jax.jit
-  def both(params, x, g):
-    y, pull = jax.vjp(program, params, x)
-    return y, pull(g)
-
-  cell = 'symmetric' if digits else 'mixer'
-  cell = 'attention' if name == 'attention' else cell
-  work = flops(cell, tokens, batch, width, pool=pool)
-  work['cell'] = work.get('constraint', 0.0) / 4
-  for kind, run, passes in (
-    ('forward', lambda x: forward(params, x), 1),
-    ('both', lambda x: (both(params, x, g), x)[1], 3),
-  ):
-    if kind == 'both':
-      # The last result is waited for, not the unchanged input.
-      times = clock(
-        lambda _: both(params, x, g), None, repeats=repeats, calls=10
-      )
-    else:
-      times = clock(run, x, repeats=repeats, calls=20)
-    line[f'{kind}_ms'] = round(statistics.median(times), 4)
-    line[f'{kind}_tflops'] = round(
-      passes * work[name] / line[f'{kind}_ms'] / 1e9, 1
-    )
-  return line
 
 
 def build(cell: str, tokens: int, **fields):
@@ -430,32 +263,7 @@ def show(line: dict, peak: float, rate: float) -> None:
   print(json.dumps(line), flush=True)
 
 
-def halves_report(flags) -> None:
-  for name, tokens in itertools.product(flags.halves, flags.tokens):
-    width = flags.width or (128 if name in FAMILIES else 512)
-    settings = [None, {}, *SETTINGS[name][: flags.settings or None]]
-    for tiles in settings:
-      line = {'half': name, 'tokens': tokens, 'batch': flags.batch[0]}
-      line |= {'width': width, 'pool': flags.pool}
-      line['tiles'] = 'plain' if tiles is None else tiles
-      try:
-        line |= measure_half(
-          name,
-          tokens,
-          flags.batch[0],
-          width,
-          flags.pool,
-          flags.dtype,
-          tiles,
-          repeats=flags.repeats,
-        )
-        show(line, flags.peak_tflops, line['both_tflops'])
-      except Exception as error:  # A setting may need more than the chip has.
-        text = f'{type(error).__name__}: {error}'
-        print(json.dumps(line | {'failed': text[:300]}), flush=True)
-
-
-def steps_report(flags) -> None:
+def report(flags) -> None:
   grid = itertools.product(
     flags.cell, flags.tokens, flags.batch, flags.parts, flags.fused
   )
@@ -550,10 +358,6 @@ def check_tokens(cells: list[str], tokens: list[int]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--halves', nargs='*', default=[], choices=KERNELS)
-  parser.add_argument(
-    '--settings', type=int, default=0, help='tile settings tried; 0: all'
-  )
   parser.add_argument(
     '--cell', nargs='+', default=['mixer'], choices=tuple(WIDTHS)
   )
@@ -593,15 +397,12 @@ def main() -> None:
     '--peak_tflops', type=float, help="of the device; none: its data sheet's"
   )
   flags = parser.parse_args()
-  if not flags.halves and (wrong := check_tokens(flags.cell, flags.tokens)):
+  if wrong := check_tokens(flags.cell, flags.tokens):
     parser.error(wrong)
   if flags.peak_tflops is None:
     flags.peak_tflops, _ = device.limits()
   TILES.update(flags.tiles)
-  if flags.halves:
-    halves_report(flags)
-  else:
-    steps_report(flags)
+  report(flags)
 
 
 if __name__ == '__main__':

@@ -2,12 +2,15 @@ r"""More Sudokus from the solutions of given ones.
 
   python -m recursive_weights.vicinity --path=train_1k.csv --out=near.csv
 
-From every puzzle a walk begins (`tasks._sudoku.wander`): some blanks are
+From every puzzle a walk begins (`tasks._sudoku.vicinity`): some blanks are
 filled, then clues go until none can, so that other clues of the same solution
 are left, and the step is taken where the puzzle stays hard. The file has the
 given puzzles and then all that the walks come to, the columns `question` and
 `answer`: `task.train_path` for a network that learns its puzzles by heart. It
 shows no solution that the given puzzles do not.
+
+A Python program that calls `write` needs `if __name__ == '__main__':`, since
+the walks run in processes of their own.
 """
 
 import csv
@@ -16,7 +19,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
-from concurrent import futures
+import signal
 
 import numpy as np
 from absl import flags
@@ -26,7 +29,9 @@ from recursive_weights.interfaces import UserError
 
 _log = logging.getLogger('recursive_weights.vicinity')  # even as __main__
 
-ROWS = 500  # walks of a process that go in step
+# Walks that go in step, in a process of their own and with random numbers of
+# their own, so another number gives other puzzles.
+ROWS = 500
 
 
 def main(overrides):
@@ -50,46 +55,58 @@ def write(
     The number of puzzles in `out`, which is there whole or not at all.
 
   Raises:
-    UserError: the file cannot be read, or there is no folder for `out`.
+    UserError: the file cannot be read, `out` cannot be written or is `path`, or
+      there is no step.
   """
   from recursive_weights.tasks import sudoku
 
+  if steps < 1:
+    raise UserError(f'steps must be > 0, got {steps}')
   target = pathlib.Path(out)
-  if not target.absolute().parent.is_dir():
-    raise UserError(f'no folder for {out}')
-  puzzles_BX, solutions_BX = sudoku.read(path, size=size)
+  if target.resolve() == pathlib.Path(path).resolve():
+    raise UserError(f'--out must be another file than --path, got {out} twice')
+  puzzles_BX, solutions_BX = sudoku.read(path, size)
+  part = target.with_name(target.name + '.part')
+  try:
+    if target.is_dir():
+      raise IsADirectoryError(None, 'it is a folder')
+    part.write_text('')  # before the work, not after it
+  except OSError as error:
+    raise UserError(f'cannot write {out}: {error.strerror}') from error
+  try:
+    given_BX = np.concatenate([puzzles_BX, solutions_BX], axis=1)
+    near_BX = _walk_all(puzzles_BX, solutions_BX, steps, seed)
+    pairs_BX = np.concatenate([given_BX, near_BX])
+    _, first_B = np.unique(pairs_BX, axis=0, return_index=True)
+    known = int((first_B < len(given_BX)).sum())
+    _write(part, pairs_BX[np.sort(first_B)])
+    os.replace(part, target)
+  finally:
+    part.unlink(missing_ok=True)
+  _log.info('%d puzzles, %d of them new', len(first_B), len(first_B) - known)
+  return len(first_B)
+
+
+def _walk_all(puzzles_BX, solutions_BX, steps, seed):
   firsts = range(0, len(puzzles_BX), ROWS)
   parts = [
-    (
-      first,
-      puzzles_BX[first : first + ROWS],
-      solutions_BX[first : first + ROWS],
-    )
-    for first in firsts
+    (n, puzzles_BX[n : n + ROWS], solutions_BX[n : n + ROWS]) for n in firsts
   ]
   walk = functools.partial(_walk, steps, seed)
-  found = [np.concatenate([puzzles_BX, solutions_BX], axis=1)]
-  # Not forked, since JAX has threads.
+  _log.info('%d walks of %d steps', len(puzzles_BX), steps)
+  # Not forked, since JAX has threads. An interrupt is for this process, which
+  # ends the others.
   context = multiprocessing.get_context('spawn')
-  with futures.ProcessPoolExecutor(mp_context=context) as pool:
-    for part, near in zip(parts, pool.map(walk, parts), strict=True):
-      found.append(near)
-      _log.info('walked from the puzzles %d ...', part[0] + 1)
-  pairs_BX = np.concatenate(found)
-  _, first_B = np.unique(pairs_BX, axis=0, return_index=True)
-  pairs = [''.join(map(str, row)) for row in pairs_BX[np.sort(first_B)]]
-  half = size * size
-  partial = target.with_name(target.name + '.part')
-  with partial.open('w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(['question', 'answer'])
-    for pair in pairs:
-      writer.writerow([pair[:half].replace('0', '.'), pair[half:]])
-  os.replace(partial, target)
-  _log.info(
-    '%d puzzles, %d of them new', len(pairs), len(pairs) - len(found[0])
-  )
-  return len(pairs)
+  found = []
+  with context.Pool(
+    min(len(parts), os.cpu_count() or 1),
+    initializer=signal.signal,
+    initargs=(signal.SIGINT, signal.SIG_IGN),
+  ) as pool:
+    for near_BX in pool.imap(walk, parts):
+      found.append(near_BX)
+      _log.info('%d of %d parts of them are done', len(found), len(parts))
+  return np.concatenate(found)
 
 
 def _walk(steps, seed, part):
@@ -97,11 +114,20 @@ def _walk(steps, seed, part):
 
   first, puzzles_BX, solutions_BX = part
   stream = _splits.generator(seed, first)
-  near_SBX = _sudoku.wander(stream, puzzles_BX, solutions_BX, steps=steps)
+  near_SBX = _sudoku.vicinity(stream, puzzles_BX, solutions_BX, steps=steps)
   both_SBX = np.broadcast_to(solutions_BX, near_SBX.shape)
-  return np.concatenate([near_SBX, both_SBX], 2).reshape(
-    -1, 2 * both_SBX.shape[2]
-  )
+  pairs_SBX = np.concatenate([near_SBX, both_SBX], axis=2)
+  return pairs_SBX.reshape(-1, pairs_SBX.shape[2])
+
+
+def _write(path, pairs_BX):
+  half = pairs_BX.shape[1] // 2
+  with path.open('w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow(['question', 'answer'])
+    for row in pairs_BX:
+      text = ''.join(map(str, row))
+      writer.writerow([text[:half].replace('0', '.'), text[half:]])
 
 
 if __name__ == '__main__':

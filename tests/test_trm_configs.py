@@ -21,7 +21,7 @@ SUDOKU = [
   'constraints',
   'constraints,kaggle',
   'finish',
-  'mixer,finish,near',
+  'mixer,finish,vicinity',
   'attention',
   'attention,prefix16',
   'mixer',
@@ -31,7 +31,7 @@ SUDOKU = [
   'mixer,short,no_digits',
   *(f'mixer,short,{name}' for name in tiny_recursive.CONTROLS),
   *(f'smoke,{name}' for name in ('slices', 'kaggle', 'mixer', 'flat_deep')),
-  'smoke,mixer,finish,near',
+  'smoke,mixer,finish,vicinity',
 ]
 MINI = [
   *('', 'deep', 'no_digits', 'six,symmetric,flat', 'smoke,deep'),
@@ -122,7 +122,7 @@ def test_what_is_carried_between_slices_is_small():
     'slices',
     'finish,slices',
     'mixer,finish,slices',
-    'mixer,finish,near,slices',
+    'mixer,finish,vicinity,slices',
   ):
     _, state, _ = traced('trm_sudoku', variant)
     fields = load('trm_sudoku', variant)['checkpoint']
@@ -214,8 +214,8 @@ def test_what_excludes_each_other_is_refused():
   ):
     with pytest.raises(UserError, match='choose one'):
       load(name, variant)
-  for variant in ('near', 'mixer,near', 'finish,near'):
-    with pytest.raises(UserError, match='choose mixer,finish,near'):
+  for variant in ('vicinity', 'mixer,vicinity', 'finish,vicinity'):
+    with pytest.raises(UserError, match='choose mixer,finish,vicinity'):
       load('trm_sudoku', variant)
   data = load('trm_sudoku', 'prefix16')  # of the symmetric cell
   with pytest.raises(UserError, match="prefix must be 0 with cell 'symmetric'"):

@@ -1,6 +1,7 @@
 """More Sudokus from given ones, as a user asks for them."""
 
 import csv
+import pathlib
 import subprocess
 import sys
 
@@ -50,8 +51,32 @@ def test_a_file_has_the_given_puzzles_and_new_ones(given, tmp_path):
   assert not list(tmp_path.glob('*.part'))
 
 
-def test_bad_input_is_named(given, tmp_path):
-  with pytest.raises(UserError, match='no folder for'):
-    vicinity.write(given[0], str(tmp_path / 'none' / 'near.csv'), size=4)
-  with pytest.raises(UserError, match='question must have 81 characters'):
-    vicinity.write(given[0], str(tmp_path / 'near.csv'))
+def test_given_puzzles_that_repeat_are_not_new(given, tmp_path, caplog):
+  path, *_ = given
+  lines = pathlib.Path(path).read_text().splitlines()
+  twice = tmp_path / 'twice.csv'
+  twice.write_text('\n'.join([*lines, *lines[1:]]))
+  out = str(tmp_path / 'near.csv')
+  with caplog.at_level('INFO', 'recursive_weights.vicinity'):
+    total = vicinity.write(str(twice), out, size=4, steps=2)
+  assert f'{total} puzzles, {total - 3} of them new' in caplog.text
+  # A file that changed is read again.
+  twice.write_text('\n'.join(lines[:2]))
+  assert len(sudoku.read(str(twice), 4)[0]) == 1
+
+
+def test_bad_input_is_named_before_the_work(given, tmp_path):
+  path, out = given[0], tmp_path / 'near.csv'
+  held = pathlib.Path(path).read_bytes()
+  for target, fields, message in (
+    (tmp_path / 'none' / 'near.csv', {}, 'cannot write .*No such file'),
+    (tmp_path, {}, 'cannot write .*it is a folder'),
+    (path, {}, 'must be another file than --path'),
+    (out, {'steps': 0}, 'steps must be > 0, got 0'),
+    (out, {'size': 5}, 'size must be 4, 6 or 9, got 5'),
+    (out, {'size': 9}, 'question must have 81 characters, got 16'),
+  ):
+    with pytest.raises(UserError, match=message):
+      vicinity.write(path, str(target), **{'size': 4, 'steps': 1} | fields)
+  assert pathlib.Path(path).read_bytes() == held
+  assert not out.exists() and not list(tmp_path.glob('*.part'))

@@ -1,8 +1,9 @@
-"""What a device can do at most, for shares of it, and what a program takes."""
+"""What a device can do at most, and what a program on it takes."""
 
 import collections
 import pathlib
 import tempfile
+import time
 from collections.abc import Callable
 
 import jax
@@ -36,6 +37,22 @@ def peak_bytes(memory) -> int | None:
     return None
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def clock(run: Callable, *, repeats: int, calls: int) -> list[float]:
+  """Milliseconds of a call, means over `calls` of which the last is waited for.
+
+  A device does them in turn, so all have ended then. Nothing holds the results
+  of the others.
+  """
+  times = []
+  for _ in range(2 + repeats):
+    started = time.perf_counter()
+    for _ in range(calls - 1):
+      run()
+    jax.block_until_ready(run())
+    times.append(1e3 * (time.perf_counter() - started) / calls)
+  return times[2:]
 
 
 def kernel_ms(run: Callable[[], None], calls: int) -> dict[str, float]:

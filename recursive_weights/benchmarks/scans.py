@@ -34,7 +34,6 @@ import json
 import statistics
 import time
 import types
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -169,28 +168,12 @@ def grid(flags: argparse.Namespace) -> list[argparse.Namespace]:
   return [argparse.Namespace(**vars(flags) | size) for size in once.values()]
 
 
-def clock(run: Callable, *, repeats: int, calls: int) -> list[float]:
-  """Milliseconds of a call, means over `calls` of which the last is waited for.
-
-  A device does them in turn, so all have ended then. Nothing holds the results
-  of the others.
-  """
-  times = []
-  for _ in range(2 + repeats):
-    started = time.perf_counter()
-    for _ in range(calls - 1):
-      run()
-    jax.block_until_ready(run())
-    times.append(1e3 * (time.perf_counter() - started) / calls)
-  return times[2:]
-
-
 def measure(function, inputs: list, *, repeats: int, calls: int) -> dict:
   """Median time of a call, and the memory that the compiler plans."""
   started = time.perf_counter()
   compiled = jax.jit(function).lower(*inputs).compile()
   compile_s = time.perf_counter() - started
-  times = clock(lambda: compiled(*inputs), repeats=repeats, calls=calls)
+  times = device.clock(lambda: compiled(*inputs), repeats=repeats, calls=calls)
   memory = compiled.memory_analysis()
   return {
     'ms': round(statistics.median(times), 3),
@@ -270,7 +253,10 @@ def main() -> None:
   )
   flags = parser.parse_args()
   alone = jax.default_backend() == 'cpu'
-  flags.calls = flags.calls or (1 if alone else IN_FLIGHT)
+  if flags.calls is None:
+    flags.calls = 1 if alone else IN_FLIGHT
+  if flags.calls < 1:
+    parser.error(f'--calls must be > 0, got {flags.calls}')
   for size in grid(flags):
     line = {name: getattr(size, name) for name in GRID}
     line |= {

@@ -102,18 +102,6 @@ def flops(
   return halves | {'step': calls * LAYERS * sum(halves.values())}
 
 
-def clock(run, state, *, repeats: int, calls: int) -> list[float]:
-  """Milliseconds of a call `state -> state`, means over `calls` at a time."""
-  times = []
-  for _ in range(2 + repeats):
-    started = time.perf_counter()
-    for _ in range(calls):
-      state = run(state)
-    jax.block_until_ready(state)
-    times.append(1e3 * (time.perf_counter() - started) / calls)
-  return times[2:]
-
-
 def build(cell: str, tokens: int, **fields):
   """The net on a Sudoku: 81 tokens and `tokens - 81` before them."""
   spec = interfaces.Spec(
@@ -220,19 +208,26 @@ def measure_step(
   compile_s = time.perf_counter() - started
   losses = []
 
-  def run(state):
-    state, value = compiled(state, data)
-    losses.append(value)
-    return state
+  def training(state):
+    """Steps one after the other; the state is donated."""
+
+    def run():
+      nonlocal state
+      state, value = compiled(state, data)
+      losses.append(value)
+      return state
+
+    return run
 
   def again():
-    clock(run, jax.tree.map(jnp.copy, state), repeats=0, calls=1)
+    run = training(jax.tree.map(jnp.copy, state))
+    device.clock(run, repeats=0, calls=1)
 
   if profile:
     again()  # what is loaded at first is not the step's
     found = list(device.kernel_ms(again, calls=2).items())[:profile]
     kernels = {name: round(ms, 3) for name, ms in found}
-  times = clock(run, state, repeats=repeats, calls=3)
+  times = device.clock(training(state), repeats=repeats, calls=3)
   cost = compiled.cost_analysis() or {}
   memory = compiled.memory_analysis()
   return {

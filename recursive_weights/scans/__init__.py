@@ -7,7 +7,8 @@ hold one recurrence each, in four forms with one meaning:
   scan     a sequence from any state; `algorithm` is 'chunked' (matrix products
            over chunks of tokens, for training), 'recurrent' (token by token,
            the plain reference), 'fused' (GPU kernels, see `kernels`), or
-           'auto', which chooses: 'fused' on one GPU where it can be
+           'auto', which chooses: 'fused' on one GPU where it can be, matrix
+           states only in bfloat16
   prefill  as `scan`, and keeps what `commit` needs
   commit   the state after any number of a prefill's tokens, without a rerun
   step     one token, for decoding

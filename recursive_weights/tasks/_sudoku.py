@@ -167,7 +167,7 @@ def dig(
   return puzzles_BX
 
 
-def wander(
+def vicinity(
   stream: np.random.Generator,
   puzzles_BX: np.ndarray,
   solutions_BX: np.ndarray,

@@ -95,8 +95,7 @@ def make(
       file and line).
   """
   _splits.check_seed(seed)
-  if size not in _sudoku.BOXES:
-    raise UserError(f'size must be 4, 6 or 9, got {size}')
+  _check_size(size)
   if loss not in _losses.KINDS:
     raise UserError(f'loss must be one of {_losses.KINDS}, got {loss!r}')
   clues = tuple(clues) or _CLUES[size]
@@ -120,7 +119,7 @@ def make(
   ):
     if path:
       data_hash[split] = _puzzle_files.sha256(path)
-      data[split] = read(path, data_hash[split], size, limit, check_unique)
+      data[split] = _read(path, data_hash[split], size, limit, check_unique)
     else:
       data[split] = _generate(size, clues, guesses, split, count)
       data_hash[split] = _puzzle_files.sha256(data[split])
@@ -272,18 +271,24 @@ def _generate(size, clues, guesses, split, count):
   return puzzles_BX, solutions_BX
 
 
-@functools.lru_cache(maxsize=16)
-def read(
-  path: str,
-  digest: str = '',
-  size: int = 9,
-  limit: int = 0,
-  check_unique: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
+def read(path: str, size: int = 9) -> tuple[np.ndarray, np.ndarray]:
   """Puzzles and solutions of a file, checked, uint8 `[B, X]` each; see `make`.
 
-  Where the digest is another the file is read again.
+  Raises:
+    UserError: as `make`.
   """
+  _check_size(size)
+  return _read(path, _puzzle_files.sha256(path), size, 0, True)
+
+
+def _check_size(size):
+  if size not in _sudoku.BOXES:
+    raise UserError(f'size must be 4, 6 or 9, got {size}')
+
+
+@functools.lru_cache(maxsize=16)
+def _read(path, digest, size, limit, check_unique):
+  """Puzzles and solutions of a file, checked, uint8 `[B, X]` each."""
   del digest  # a file that changed is read again
   rows = _puzzle_files.read(path, limit)
   known = '.123456789'[: size + 1]

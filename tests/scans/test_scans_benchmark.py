@@ -55,9 +55,9 @@ def test_of_calls_in_flight_the_last_is_waited_for(calls, monkeypatch):
     waited.append(list(held) == [result])
 
   clock = types.SimpleNamespace(perf_counter=lambda: now)
-  monkeypatch.setattr(scans, 'time', clock)
+  monkeypatch.setattr(device, 'time', clock)
   monkeypatch.setattr(jax, 'block_until_ready', wait)
-  found = scans.clock(run, repeats=4, calls=calls)
+  found = device.clock(run, repeats=4, calls=calls)
   assert found == [pytest.approx(500 + 3000 / calls)] * 4
   assert waited == [True] * 6
 

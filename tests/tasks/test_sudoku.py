@@ -172,7 +172,7 @@ def test_walks_keep_the_solution_and_the_difficulty():
   puzzles_BX = _sudoku.dig(stream(), solutions_BX, solutions_BX, none_B)
   hard_B = _sudoku.solve(puzzles_BX)[2]
   assert (hard_B > 0).any()
-  walk_SBX = _sudoku.wander(
+  walk_SBX = _sudoku.vicinity(
     stream(1), puzzles_BX, solutions_BX, steps=4, share=0.5
   )
   assert walk_SBX.shape == (4, 8, 81)

@@ -42,9 +42,8 @@ class Plan(NamedTuple):
 
   keep: gate, up and the hidden units are kept for the backward pass, which then
   has one product (`kept`) for three (`backward`); None: as the caller finds
-  best. blocks: of a
-  launch; 0 for as many as the device has multiprocessors. interpret: for
-  `plgpu.kernel`.
+  best. blocks: of a launch; 0 for as many as the device has multiprocessors.
+  interpret: for `plgpu.kernel`.
   """
 
   gated: Tiles = Tiles(stages=4, ahead=True)

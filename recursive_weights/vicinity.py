@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
+from concurrent import futures
 
 import numpy as np
 from absl import flags
@@ -96,16 +97,25 @@ def _walk_all(puzzles_BX, solutions_BX, steps, seed):
   _log.info('%d walks of %d steps', len(puzzles_BX), steps)
   # Not forked, since JAX has threads. An interrupt is for this process, which
   # ends the others.
-  context = multiprocessing.get_context('spawn')
-  found = []
-  with context.Pool(
-    min(len(parts), os.cpu_count() or 1),
+  before, found = set(multiprocessing.active_children()), []
+  with futures.ProcessPoolExecutor(
+    mp_context=multiprocessing.get_context('spawn'),
     initializer=signal.signal,
     initargs=(signal.SIGINT, signal.SIG_IGN),
   ) as pool:
-    for near_BX in pool.imap(walk, parts):
-      found.append(near_BX)
-      _log.info('%d of %d parts of them are done', len(found), len(parts))
+    try:
+      for near_BX in pool.map(walk, parts):
+        found.append(near_BX)
+        _log.info('%d of %d parts of them are done', len(found), len(parts))
+    except futures.process.BrokenProcessPool as error:
+      raise UserError(
+        'a process of the walks was ended from outside: free memory, and run '
+        'the same command again'
+      ) from error
+    except BaseException:
+      for process in set(multiprocessing.active_children()) - before:
+        process.terminate()
+      raise
   return np.concatenate(found)
 
 

@@ -28,7 +28,7 @@ from recursive_weights.benchmarks.trm import (
   show,
   tiles_of,
 )
-from recursive_weights.models.kernels import token_half
+from recursive_weights.models.kernels import halves, token_half
 from recursive_weights.models.layers import symmetric_block, trm_block
 
 # What the constraint half pools over, whole and in a block that mixes tokens.
@@ -52,13 +52,14 @@ SETTINGS: dict[str, list[dict]] = {
     {'wide': None},
     {'down': False},
     {'down': True},
-    {'wide': {'keep': False}},
-    {'wide': {'keep': True}},
+    {'wide': {'defer': False}},
     {'down': False, 'norm_rows': 32, 'norm_warps': 8},
     {'norm_rows': 4},
     {'norm_rows': 16},
-    {'wide': {'keep': False, 'backward': {'ahead': True}}},
-    {'wide': {'gated': {'stages': 4, 'ahead': False}}},
+    {'wide': {'defer': False, 'backward': {'ahead': True}}},
+    {'wide': {'gated': {'ahead': True}}},
+    {'wide': {'joined': {'stages': 4}}},
+    {'wide': {'kept': {'columns': 128, 'stages': 3}}},
     {'down': True, 'down_width': 32, 'down_stages': 4},
   ],
   'attention': [
@@ -114,7 +115,9 @@ def half_program(
     }
     program = plain.get(name, symmetric_block.constraint_half)
     return functools.partial(program, **options)
-  return functools.partial(KERNELS[name].apply, tiles=tiles, **options)
+  made = halves.make(True, **{'over' if name == 'attention' else name: tiles})
+  half = getattr(made, 'constraint' if name in FAMILIES else name)
+  return lambda params, x: made.settle(half(params, x, **options))
 
 
 def distances(program, exact, params, x, g) -> list[float]:

@@ -158,7 +158,7 @@ def make(
   def net(blocks, u):
     for params in blocks:
       u = parts.block(params, u)
-    return u
+    return shared['halves'].settle(u)
 
   def step(weights, context, state, key):
     del key

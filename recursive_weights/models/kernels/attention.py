@@ -76,15 +76,12 @@ def apply(
     )
   if interpret is None:
     interpret = jax.default_backend() != 'gpu'
-  plan = _Plan(batch, heads, tiles or Tiles(), interpret)
+  plan = Plan(batch, heads, tiles or Tiles(), interpret)
   qkv_BTE = x_BTD @ params['qkv'].astype(x_BTD.dtype)
-  half = width // heads // 2
-  if turn is not None:
-    cos_TK, sin_TK = (t[:, :half].astype(jnp.float32) for t in turn)
-    turn = cos_TK, sin_TK
+  angles = tables(turn, width // heads // 2, x_BTD.dtype)
   y_ND = channel_half.project(
     params['out'],
-    _attend(qkv_BTE.reshape(-1, 3 * width), turn, plan),
+    _attend(qkv_BTE.reshape(-1, 3 * width), angles, plan),
     x_BTD.reshape(-1, width),
     tiles=out_tiles,
     interpret=interpret,
@@ -92,37 +89,59 @@ def apply(
   return y_ND.reshape(x_BTD.shape)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
+  """What the kernels are told besides their arrays."""
+
   batch: int
   heads: int
   tiles: Tiles
   interpret: bool
 
 
+def tables(
+  turn: tuple[Array, Array] | None, half: int, dtype
+) -> tuple[Array, ...]:
+  """Cosines and sines of half a head, of which the other half has the same.
+
+  Of 16 bits where the states are: with 11 bits of a number, where bfloat16 has
+  eight, and half as much to read.
+  """
+  if turn is None:
+    return ()
+  exact = jnp.dtype(dtype).itemsize > 2
+  kept = jnp.float32 if exact else jnp.float16
+  return tuple(table[:, :half].astype(kept) for table in turn)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(qkv_NE, turn, plan):
-  return _forward(qkv_NE, turn, plan)
+  return forward(qkv_NE, turn, plan)
 
 
 def _attend_forward(qkv_NE, turn, plan):
-  return _forward(qkv_NE, turn, plan), (qkv_NE, turn)
+  return forward(qkv_NE, turn, plan), (qkv_NE, turn)
 
 
 def _attend_backward(plan, saved, g_NE):
   qkv_NE, turn = saved
   still = jax.tree.map(jnp.zeros_like, turn)
-  return _backward(qkv_NE, turn, g_NE, plan), still
+  return backward(qkv_NE, turn, g_NE, plan), still
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Sizes(NamedTuple):
-  """Of all programs; `half` the entries of a head."""
+  """Of all programs; `half` the entries of a head.
+
+  turned, scaled: whether there are tables of angles, and factors of rows.
+  """
 
   tokens: int
   heads: int
   half: int
+  turned: bool
+  scaled: bool
 
 
 class _Head(NamedTuple):
@@ -138,9 +157,12 @@ class _Head(NamedTuple):
 
   def _at(self, ref, row, column, width):
     """All tokens as one power of two, and which of them exist."""
-    padded = max(16, pl.next_power_of_2(self.sizes.tokens))
-    exists = (jnp.arange(padded) < self.sizes.tokens)[:, None]
-    return ref.at[pl.ds(row, padded), pl.ds(column, width)], exists
+    exists = (jnp.arange(self._padded) < self.sizes.tokens)[:, None]
+    return ref.at[pl.ds(row, self._padded), pl.ds(column, width)], exists
+
+  @property
+  def _padded(self):
+    return max(16, pl.next_power_of_2(self.sizes.tokens))
 
   def load(self, ref, column, width):
     """Some columns of all tokens; zero past the last."""
@@ -153,35 +175,48 @@ class _Head(NamedTuple):
     at, mask = self._at(ref, row, column, value.shape[1])
     plgpu.store(at, value.astype(ref.dtype), mask=mask)
 
-  def pair(self, ref, which, turn):
+  def factors(self, refs):
+    """`(turn, scale)`: cosines and sines times the rows' scale, and it alone.
+
+    `()` and None where there are none.
+    """
+    # Known only when run, so that what begins there may reach past the end.
+    start = 0 * self.head
+    turn, scale = [], None
+    for ref in refs[: 2 * self.sizes.turned]:
+      at, mask = self._at(ref, start, start, ref.shape[1])
+      table = plgpu.load(at, mask=mask, other=0.0)
+      turn.append(table.astype(jnp.float32))
+    if self.sizes.scaled:
+      at = pl.ds(self.example * self.sizes.tokens, self._padded)
+      exists = jnp.arange(self._padded) < self.sizes.tokens
+      scale = plgpu.load(refs[-1].at[at], mask=exists, other=0.0)[:, None]
+      turn = [table * scale for table in turn]
+    return turn, scale
+
+  def pair(self, ref, which, factors):
     """The halves of its queries or keys, turned together."""
     column, half = self.first(which), self.sizes.half
     halves = tuple(
       self.load(ref, first, half) for first in (column, column + half)
     )
-    return _turned(halves, turn, 1)
+    return _turned(halves, factors, 1)
 
-  def values(self, ref, which=2):
-    return self.load(ref, self.first(which), 2 * self.sizes.half)
-
-  def angles(self, refs):
-    # Known only when run, so that what begins there may reach past the end.
-    start = 0 * self.head
-    found = []
-    for ref in refs:
-      at, mask = self._at(ref, start, start, ref.shape[1])
-      found.append(plgpu.load(at, mask=mask, other=0.0))
-    return found
+  def values(self, ref, which=2, scale=None):
+    found = self.load(ref, self.first(which), 2 * self.sizes.half)
+    return found if scale is None else (found * scale).astype(found.dtype)
 
 
-def _turned(halves, turn, sign):
-  """Both halves turned by `sign` times the angles."""
-  if not turn:
-    return halves
+def _turned(halves, factors, sign):
+  """Both halves turned by `sign` times the angles, and scaled."""
+  turn, scale = factors
   a, b = (x.astype(jnp.float32) for x in halves)
-  cos, sin = turn
-  out = a * cos - sign * b * sin, b * cos + sign * a * sin
-  return tuple(x.astype(halves[0].dtype) for x in out)
+  if turn:
+    cos, sin = turn
+    a, b = a * cos - sign * b * sin, b * cos + sign * a * sin
+  elif scale is not None:
+    a, b = a * scale, b * scale
+  return tuple(x.astype(halves[0].dtype) for x in (a, b))
 
 
 def _products(xs, ys):
@@ -205,59 +240,77 @@ def _shares(q, k, total):
 
 
 def _forward_kernel(qkv_ref, *refs, sizes):
-  *turn_refs, seen_ref = refs
+  *factor_refs, seen_ref = refs
   head = _Head(pl.program_id(1), pl.program_id(0), sizes)
-  turn = head.angles(turn_refs)
-  k = head.pair(qkv_ref, 1, turn)
-  v = head.values(qkv_ref)
-  q = head.pair(qkv_ref, 0, turn)
+  factors = head.factors(factor_refs)
+  k = head.pair(qkv_ref, 1, factors)
+  v = head.values(qkv_ref, scale=factors[1])
+  q = head.pair(qkv_ref, 0, factors)
   e, norm = _shares(q, k, sizes.tokens)
   seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
   head.store(seen_ref, head.first(0), seen)
 
 
-def _sizes(qkv_NE, plan):
+def _sizes(qkv_NE, turn, plan, scale_N):
   rows, columns = qkv_NE.shape
-  return _Sizes(rows // plan.batch, plan.heads, columns // (6 * plan.heads))
+  return _Sizes(
+    tokens=rows // plan.batch,
+    heads=plan.heads,
+    half=columns // (6 * plan.heads),
+    turned=bool(turn),
+    scaled=scale_N is not None,
+  )
 
 
 @functools.partial(jax.jit, static_argnames='plan')
-def _forward(qkv_NE, turn, plan):
+def forward(
+  qkv_NE: Array,
+  turn: tuple[Array, ...],
+  plan: Plan,
+  scale_N: Array | None = None,
+) -> Array:
+  """What is seen `[N, D]` of `qkv [N, 3 D]`, whose rows are times the scale."""
   rows, columns = qkv_NE.shape
+  scales = [] if scale_N is None else [scale_N]
   return pl.pallas_call(
-    functools.partial(_forward_kernel, sizes=_sizes(qkv_NE, plan)),
+    functools.partial(
+      _forward_kernel, sizes=_sizes(qkv_NE, turn, plan, scale_N)
+    ),
     out_shape=jax.ShapeDtypeStruct((rows, columns // 3), qkv_NE.dtype),
     grid=(plan.heads, plan.batch),
     compiler_params=plgpu.CompilerParams(num_warps=plan.tiles.warps),
     interpret=plan.interpret,
     name='attention_forward',
-  )(qkv_NE, *(turn or ()))
+  )(qkv_NE, *turn, *scales)
 
 
 def _backward_kernel(qkv_ref, g_ref, *refs, sizes, each):
-  *turn_refs, dqkv_ref = refs
+  *factor_refs, dqkv_ref = refs
   dtype = qkv_ref.dtype
   first, example = pl.program_id(0) * each, pl.program_id(1)
 
   def body(index, carry):
     head = _Head(example, first + index, sizes)
-    turn = head.angles(turn_refs)
-    k = head.pair(qkv_ref, 1, turn)
-    v = head.values(qkv_ref)
-    q = head.pair(qkv_ref, 0, turn)
+    factors = head.factors(factor_refs)
+    k = head.pair(qkv_ref, 1, factors)
+    v = head.values(qkv_ref, scale=factors[1])
+    q = head.pair(qkv_ref, 0, factors)
     g = head.values(g_ref, 0)
     e, norm = _shares(q, k, sizes.tokens)
     share = e * norm[:, None]
     # First, so that the shares in 16 bits need not be kept.
     dv = tiling.dot(share.astype(dtype).T, g)
+    if sizes.scaled:
+      dv *= factors[1]
     head.store(dqkv_ref, head.first(2), dv)
     dshare = tiling.dot(g, v.T)
     dscore = share * (dshare - (share * dshare).sum(1)[:, None])
     dscore = (dscore * np.float32(1 / np.sqrt(2 * sizes.half))).astype(dtype)
 
     def store(which, pair):
-      for part, value in enumerate(_turned(pair, turn, -1)):
-        head.store(dqkv_ref, head.first(which) + part * sizes.half, value)
+      for place, value in enumerate(_turned(pair, factors, -1)):
+        column = head.first(which) + place * sizes.half
+        head.store(dqkv_ref, column, value)
 
     store(0, tuple(tiling.dot(dscore, x) for x in k))
     store(1, tuple(tiling.dot(dscore.T, x) for x in q))
@@ -268,11 +321,20 @@ def _backward_kernel(qkv_ref, g_ref, *refs, sizes, each):
 
 
 @functools.partial(jax.jit, static_argnames='plan')
-def _backward(qkv_NE, turn, g_NE, plan):
+def backward(
+  qkv_NE: Array,
+  turn: tuple[Array, ...],
+  g_NE: Array,
+  plan: Plan,
+  scale_N: Array | None = None,
+) -> Array:
+  """The gradient of `qkv`, of which the rows times the scale were taken."""
   tiles, heads = plan.tiles, plan.heads
   each = max(n for n in range(1, tiles.back_heads + 1) if heads % n == 0)
+  scales = [] if scale_N is None else [scale_N]
+  sizes = _sizes(qkv_NE, turn, plan, scale_N)
   return pl.pallas_call(
-    functools.partial(_backward_kernel, sizes=_sizes(qkv_NE, plan), each=each),
+    functools.partial(_backward_kernel, sizes=sizes, each=each),
     out_shape=jax.ShapeDtypeStruct(qkv_NE.shape, qkv_NE.dtype),
     grid=(heads // each, plan.batch),
     compiler_params=plgpu.CompilerParams(
@@ -280,4 +342,4 @@ def _backward(qkv_NE, turn, g_NE, plan):
     ),
     interpret=plan.interpret,
     name='attention_backward',
-  )(qkv_NE, g_NE, *(turn or ()))
+  )(qkv_NE, g_NE, *turn, *scales)

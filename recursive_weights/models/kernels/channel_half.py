@@ -1,9 +1,9 @@
 """The channel half of a block with its gated unit inside the product's kernel.
 
 One kernel makes both products of a tile and their gated unit, so that gate and
-up pass through memory only where the backward pass is to read them. A second
-kernel holds whole rows: of the down projection, residual and norm
-(`Tiles.down`), or of the last two, after a product by XLA.
+up never pass through memory. A second kernel holds whole rows: of the down
+projection, residual and norm (`Tiles.down`), or of the last two, after a
+product by XLA. Wide halves on Hopper GPUs are `kernels.deferred_norm`'s.
 """
 
 import functools
@@ -16,15 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
-from recursive_weights.models.kernels import tiling, wide_product
+from recursive_weights.models.kernels import row_norm, tiling, wide_product
 
-EPS = 1e-5
-
-# From this width on a product costs more than its result's way through memory
-# (on an H200 reading 8 bytes against 4 D operations, at some 4 TB/s and 600
-# TFLOP/s: D > 300), so gate and up are kept rather than made again, and whole
-# rows of the down projection are more than a program's registers hold. Timed at
-# 512; at 128, which keeps what it had, not.
+# From this width on whole rows of the down projection are more than a program's
+# registers hold.
 WIDE = 384
 
 
@@ -76,8 +71,7 @@ def apply(
   """`rms_D(x + (silu(x gate) * (x up)) down)`, all over the width.
 
   The same as `layers.trm_block.channel_half`: products in the dtype of x, sums
-  and the norm in float32. The backward pass computes gate and up again, or on
-  Hopper GPUs reads them (`tiles.wide.keep`; None: from width `WIDE` on).
+  and the norm in float32. The backward pass computes gate and up again.
 
   Args:
     params: `gate [D, F]`, `up [D, F]`, `down [F, D]`.
@@ -98,9 +92,6 @@ def apply(
     interpret = jax.default_backend() != 'gpu'
   wide = tiles.wide
   if wide is not None:
-    keep = width >= WIDE if wide.keep is None else wide.keep
-    wide = wide._replace(keep=keep)
-    tiles = tiles._replace(wide=wide)
     runs = wide.interpret or (not interpret and wide_product.available())
     whole = wide_product.fits(x_TBD.size // width, width, hidden, wide)
     if not (runs and whole and x_TBD.dtype.itemsize == 2):
@@ -144,7 +135,7 @@ def _project_forward(down_FD, hidden_NF, x_ND, tiles, interpret):
 
 def _project_backward(tiles, interpret, saved, g_ND):
   down_FD, hidden_NF, y_ND, scale_N = saved
-  dr_ND = _norm_back(y_ND, scale_N, g_ND, tiles, interpret)
+  dr_ND = _norm_backward(y_ND, scale_N, g_ND, tiles, interpret)
   dhidden_NF = dr_ND @ down_FD.astype(dr_ND.dtype).T
   ddown_FD = tiling.over_rows(hidden_NF, dr_ND).astype(down_FD.dtype)
   return ddown_FD, dhidden_NF, dr_ND
@@ -158,7 +149,21 @@ def _projected(down_FD, hidden_NF, x_ND, tiles, interpret):
   down_FD = down_FD.astype(x_ND.dtype)
   if tiles.down:
     return _down(hidden_NF, down_FD, x_ND, tiles, interpret)
-  return _norm(hidden_NF @ down_FD, x_ND, tiles, interpret)
+  options = _rows(tiles, interpret)
+  return row_norm.forward(hidden_NF @ down_FD, x_ND, **options)
+
+
+def _norm_backward(y_ND, scale_N, g_ND, tiles, interpret):
+  options = _rows(tiles, interpret)
+  return row_norm.backward(y_ND, g_ND, gradient_scale_N=scale_N, **options)
+
+
+def _rows(tiles, interpret):
+  return {
+    'rows': tiles.norm_rows,
+    'warps': tiles.norm_warps,
+    'interpret': interpret,
+  }
 
 
 def _fit(tiles, width, hidden):
@@ -175,35 +180,26 @@ def _fit(tiles, width, hidden):
   )
 
 
-def _whole(params, x_ND, tiles, interpret, keep=False):
-  """The result, its scale and, if `keep`, hidden units and products."""
+def _whole(params, x_ND, tiles, interpret):
+  """The result and its scale."""
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
   if tiles.wide:
-    kept = wide_product.gated(gate_DF, up_DF, x_ND, tiles.wide, keep)
-    hidden_NF = kept[0]
+    (hidden_NF,) = wide_product.gated(gate_DF, up_DF, x_ND, tiles.wide)
   else:
     hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
-  y_ND, scale_N = _projected(down_FD, hidden_NF, x_ND, tiles, interpret)
-  return y_ND, scale_N, kept if keep else ()
+  return _projected(down_FD, hidden_NF, x_ND, tiles, interpret)
 
 
 def _mix_forward(params, x_ND, tiles, interpret):
-  keep = tiles.wide is not None and tiles.wide.keep
-  y_ND, scale_N, kept = _whole(params, x_ND, tiles, interpret, keep)
-  return y_ND, (params, x_ND, y_ND, scale_N, kept)
+  y_ND, scale_N = _whole(params, x_ND, tiles, interpret)
+  return y_ND, (params, x_ND, y_ND, scale_N)
 
 
 def _mix_backward(tiles, interpret, saved, g_ND):
-  params, x_ND, y_ND, scale_N, kept = saved
-  gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
-  dr_ND = _norm_back(y_ND, scale_N, g_ND, tiles, interpret)
-  weights = gate_DF, up_DF, down_FD
-  if kept:
-    hidden_NF, both_N2F = kept
-    dgate_up_N2F = wide_product.kept_backward(
-      down_FD, both_N2F, dr_ND, tiles.wide
-    )
-  elif tiles.wide:
+  params, x_ND, y_ND, scale_N = saved
+  weights = _cast(params, x_ND.dtype)
+  dr_ND = _norm_backward(y_ND, scale_N, g_ND, tiles, interpret)
+  if tiles.wide:
     dgate_up_N2F, hidden_NF = wide_product.gated_backward(
       *weights, x_ND, dr_ND, tiles.wide
     )
@@ -211,7 +207,7 @@ def _mix_backward(tiles, interpret, saved, g_ND):
     dgate_up_N2F, hidden_NF = _gated_backward(
       *weights, x_ND, dr_ND, tiles, interpret
     )
-  gate_up_D2F = jnp.concatenate([gate_DF, up_DF], 1)
+  gate_up_D2F = jnp.concatenate(weights[:2], 1)
   dx_ND = dr_ND + dgate_up_N2F @ gate_up_D2F.T
   dgate_DF, dup_DF = jnp.split(tiling.over_rows(x_ND, dgate_up_N2F), 2, axis=1)
   dparams = {
@@ -278,7 +274,7 @@ def _down_kernel(hidden_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   r += tiling.load_rows(
     x_ref, first, tiles.down_rows, total, slice(None)
   ).astype(r.dtype)
-  scale = jax.lax.rsqrt((r * r).sum(1) / width + EPS)
+  scale = jax.lax.rsqrt((r * r).sum(1) / width + row_norm.EPSILON)
   tiling.store_rows(y_ref, r * scale[:, None], first, total, slice(None))
   mask = first + jnp.arange(tiles.down_rows) < total
   plgpu.store(scale_ref.at[pl.ds(first, tiles.down_rows)], scale, mask=mask)
@@ -300,85 +296,6 @@ def _down(hidden_NF, down_FD, x_ND, tiles, interpret):
     interpret=interpret,
     name='channel_half_down',
   )(hidden_NF, down_FD, x_ND)
-
-
-class _Rows(NamedTuple):
-  """Whole rows of a program: `first ...`, all columns as one power of two."""
-
-  first: Array
-  size: int
-  shape: tuple[int, int]
-
-  @property
-  def exist(self):
-    return self.first + jnp.arange(self.size) < self.shape[0]
-
-  def _at(self, ref):
-    columns = pl.next_power_of_2(self.shape[1])
-    at = pl.ds(self.first, self.size), pl.ds(0 * self.first, columns)
-    inside = jnp.arange(columns) < self.shape[1]
-    return ref.at[at], self.exist[:, None] & inside[None]
-
-  def load(self, ref):
-    """In float32; zero past the end and the last column."""
-    at, mask = self._at(ref)
-    return plgpu.load(at, mask=mask, other=0.0).astype(jnp.float32)
-
-  def store(self, ref, value):
-    at, mask = self._at(ref)
-    plgpu.store(at, value.astype(ref.dtype), mask=mask)
-
-
-def _rows_of(ref, tiles):
-  first = pl.program_id(0) * tiles.norm_rows
-  return _Rows(first, tiles.norm_rows, ref.shape)
-
-
-def _norm_kernel(product_ref, x_ref, y_ref, scale_ref, *, tiles):
-  rows = _rows_of(x_ref, tiles)
-  r = rows.load(product_ref) + rows.load(x_ref)
-  scale = jax.lax.rsqrt((r * r).sum(1) / x_ref.shape[1] + EPS)
-  rows.store(y_ref, r * scale[:, None])
-  at = scale_ref.at[pl.ds(rows.first, rows.size)]
-  plgpu.store(at, scale, mask=rows.exist)
-
-
-def _norm_back_kernel(y_ref, scale_ref, g_ref, dr_ref, *, tiles):
-  rows = _rows_of(y_ref, tiles)
-  g, y = rows.load(g_ref), rows.load(y_ref)
-  at = scale_ref.at[pl.ds(rows.first, rows.size)]
-  scale = plgpu.load(at, mask=rows.exist, other=0.0)
-  mean = (g * y).sum(1) / y_ref.shape[1]
-  rows.store(dr_ref, scale[:, None] * (g - y * mean[:, None]))
-
-
-@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
-def _norm_back(y_ND, scale_N, g_ND, tiles, interpret):
-  """`dr = s (g - y mean(g y))` of y = r s, s = (mean r^2 + eps)^(-1/2)."""
-  return pl.pallas_call(
-    functools.partial(_norm_back_kernel, tiles=tiles),
-    out_shape=jax.ShapeDtypeStruct(y_ND.shape, y_ND.dtype),
-    grid=(pl.cdiv(y_ND.shape[0], tiles.norm_rows),),
-    compiler_params=plgpu.CompilerParams(num_warps=tiles.norm_warps),
-    interpret=interpret,
-    name='channel_half_norm_backward',
-  )(y_ND, scale_N, g_ND)
-
-
-@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
-def _norm(product_ND, x_ND, tiles, interpret):
-  rows = x_ND.shape[0]
-  return pl.pallas_call(
-    functools.partial(_norm_kernel, tiles=tiles),
-    out_shape=(
-      jax.ShapeDtypeStruct(x_ND.shape, x_ND.dtype),
-      jax.ShapeDtypeStruct((rows,), jnp.float32),
-    ),
-    grid=(pl.cdiv(rows, tiles.norm_rows),),
-    compiler_params=plgpu.CompilerParams(num_warps=tiles.norm_warps),
-    interpret=interpret,
-    name='channel_half_norm',
-  )(product_ND, x_ND)
 
 
 def _gated_backward_kernel(

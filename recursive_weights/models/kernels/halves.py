@@ -8,6 +8,7 @@ from recursive_weights.models.kernels import (
   cell_half,
   channel_half,
   constraint_half,
+  deferred_norm,
   token_half,
   wide_product,
 )
@@ -53,7 +54,20 @@ def make(
     narrow = simulated or x.dtype == jnp.bfloat16
     return fused or (fits and narrow and on_one_hopper())
 
+  wide = (channel or channel_half.Tiles()).wide
+
+  def defers(x, inner):
+    """Whether a half leaves its norm to those who read it."""
+    value = deferred_norm.value_of(x)
+    if wide is None or value.dtype.itemsize != 2:
+      return False
+    on_hopper = not simulated and wide_product.available()
+    if not (wide.interpret or (on_hopper and use(True, value))):
+      return False
+    return deferred_norm.fits(x, inner, wide)
+
   def token_program(params, x_TBD):
+    x_TBD = deferred_norm.settle(x_TBD)
     tokens, hidden = params['gate'].shape
     fits = token_half.fits(tokens, x_TBD.size // tokens, hidden)
     if use(fits, x_TBD):
@@ -61,6 +75,9 @@ def make(
     return trm_block.token_half(params, x_TBD)
 
   def channel_program(params, x_TBD):
+    if defers(x_TBD, params['gate'].shape[1]):
+      return deferred_norm.channel_half(params, x_TBD, plan=wide)
+    x_TBD = deferred_norm.settle(x_TBD)
     if use(channel_half.fits(*params['gate'].shape), x_TBD):
       options = {'tiles': channel, 'interpret': interpret}
       return channel_half.apply(params, x_TBD, **options)
@@ -69,13 +86,19 @@ def make(
   def attention_program(params, x_BTD, *, heads, turn=None):
     program = trm_block.attention_half
     options = {'heads': heads, 'turn': turn}
-    fits = attention.fits(*x_BTD.shape[1:], heads)
+    _, tokens, width = deferred_norm.value_of(x_BTD).shape
+    fits = attention.fits(tokens, width, heads)
+    if fits and defers(x_BTD, width):
+      options |= {'tiles': over, 'plan': wide, 'interpret': simulated}
+      return deferred_norm.attention_half(params, x_BTD, **options)
+    x_BTD = deferred_norm.settle(x_BTD)
     if use(fits, x_BTD):
       program = attention.apply
       options |= {'tiles': over, 'out_tiles': channel, 'interpret': interpret}
     return program(params, x_BTD, **options)
 
   def constraint_program(params, x_TBVD, *, families, box, pool):
+    x_TBVD = deferred_norm.settle(x_TBVD)
     options = {'families': families, 'box': box, 'pool': pool}
     width, hidden = params['gate'].shape
     by_cell = cell_half.fits(width, hidden, families, pool)
@@ -90,7 +113,11 @@ def make(
     return symmetric_block.constraint_half(params, x_TBVD, **options)
 
   return trm_block.Halves(
-    token_program, channel_program, attention_program, constraint_program
+    token_program,
+    channel_program,
+    attention_program,
+    constraint_program,
+    deferred_norm.settle,
   )
 
 

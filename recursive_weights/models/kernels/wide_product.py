@@ -1,14 +1,16 @@
-"""The products of a channel half as Hopper kernels (Pallas, Mosaic GPU).
+"""The products of a block as Hopper kernels (Pallas, Mosaic GPU).
 
 Of the three warpgroups of a block two multiply and one fetches tiles through
 the copy engine. A block goes through all its tiles in one loop, so that the
-next tile is on its way while one is finished. The gated unit is applied to the
-accumulators: gate and up are written nowhere, or (`Plan.keep`) once, for the
-backward pass.
+next tile is on its way while one is finished. What follows a product is done to
+the accumulators: the gated unit, of which gate and up are written nowhere or
+once, for the backward pass; and sums with what lies in memory.
+
+Rows may have factors `scale [N]`: a norm that was left out, see
+`kernels.deferred_norm`.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +29,8 @@ class Tiles(NamedTuple):
 
   rows, columns: of a block's tile. width: of a step of the contraction, of
   which `stages` are fetched ahead. ahead: a step's products are waited for
-  after the next step's are under way.
+  after the next step's are under way. sets: of memory for what is added to
+  products, so many tiles' at a time.
   """
 
   rows: int = 128
@@ -35,21 +38,25 @@ class Tiles(NamedTuple):
   width: int = 64
   stages: int = 3
   ahead: bool = False
+  sets: int = 2
 
 
 class Plan(NamedTuple):
-  """Tiles of the kernels.
+  """Tiles of the kernels, each as fast as any that was tried on an H200.
 
-  keep: gate, up and the hidden units are kept for the backward pass, which then
-  has one product (`kept`) for three (`backward`); None: as the caller finds
-  best. blocks: of a launch; 0 for as many as the device has multiprocessors.
-  interpret: for `plgpu.kernel`.
+  gated: of the gated unit. backward: of its backward pass. kept, joined,
+  spread: of `kernels.deferred_norm`, the backward pass of a unit whose products
+  were kept, products with one term and with two. defer: whether those are used;
+  None: where that is better. blocks: of a launch; 0 for as many as the device
+  has multiprocessors. interpret: for `plgpu.kernel`.
   """
 
-  gated: Tiles = Tiles(stages=4, ahead=True)
+  gated: Tiles = Tiles(stages=4)
   backward: Tiles = Tiles(columns=64)
-  kept: Tiles = Tiles(stages=4, ahead=True)
-  keep: bool | None = None
+  kept: Tiles = Tiles(columns=64, stages=6, ahead=True)
+  joined: Tiles = Tiles(stages=5, ahead=True)
+  spread: Tiles = Tiles(stages=5, ahead=True, sets=1)
+  defer: bool | None = None
   blocks: int = 0
   interpret: Any = False
 
@@ -59,15 +66,19 @@ def available() -> bool:
   return kernels.generation() == kernels.HOPPER
 
 
+def whole(tiles: Tiles, rows: int, inner: int, columns: int) -> bool:
+  """Whether the sizes of a product are whole tiles."""
+  return (
+    rows % tiles.rows == 0
+    and inner % tiles.width == 0
+    and columns % tiles.columns == 0
+  )
+
+
 def fits(rows: int, width: int, hidden: int, plan: Plan) -> bool:
-  """Whether the sizes are whole tiles."""
-  sizes = rows, width, hidden
+  """Whether `gated` and `gated_backward` take these sizes."""
   return all(
-    size % tile == 0
-    for tiles in (plan.gated, plan.kept if plan.keep else plan.backward)
-    for size, tile in zip(
-      sizes, (tiles.rows, tiles.width, tiles.columns), strict=True
-    )
+    whole(tiles, rows, width, hidden) for tiles in (plan.gated, plan.backward)
   )
 
 
@@ -98,13 +109,18 @@ def _launch(block, out_type, plan, *args):
 
 
 class _Loop(NamedTuple):
-  """The tiles of a block: `grid` of them in all, `steps` products in each."""
+  """The tiles of a block: `grid` of them in all, `steps` products in each.
+
+  Both groups work on a tile, or where `alone` each on every other: then one
+  multiplies while the other finishes.
+  """
 
   grid: tuple[int, int]
   steps: int
   tiles: Tiles
   full: Any
   empty: Any
+  alone: bool = False
 
   def place(self, number):
     """Row and column of a block's tile; neighbours share rows."""
@@ -113,8 +129,10 @@ class _Loop(NamedTuple):
     row = jax.lax.div(index, self.grid[1]) * self.tiles.rows
     return row, jax.lax.rem(index, self.grid[1]) * self.tiles.columns
 
-  def run(self, fetch: Callable, tile: Callable) -> None:
-    """`fetch(number, step, slot)` and `tile(number)`, all of a block."""
+  def run(
+    self, fetch: Callable, tile: Callable, settle: Callable = lambda mine: None
+  ) -> None:
+    """`fetch(number, step, slot, full)` and `tile(number)`, all of a block."""
     blocks, block = jax.lax.axis_size('block'), jax.lax.axis_index('block')
     total = self.grid[0] * self.grid[1]
     mine = jax.lax.div(total - block + blocks - 1, blocks)
@@ -132,39 +150,47 @@ class _Loop(NamedTuple):
           plgpu.barrier_wait(self.empty.at[slot])
 
         number = jax.lax.div(step, self.steps)
-        fetch(number, jax.lax.rem(step, self.steps), slot)
+        full = self._full(slot, jax.lax.rem(number, 2))
+        fetch(number, jax.lax.rem(step, self.steps), slot, full)
         return carry
 
       count = mine * self.steps
       jax.lax.fori_loop(0, count, body, 0)
 
-      def settle(step, carry):
+      settle(mine)
+
+      def leave(step, carry):
         plgpu.barrier_wait(self.empty.at[jax.lax.rem(step, self.tiles.stages)])
         return carry
 
       # A barrier is left only when all its turns were seen.
       first = jnp.maximum(count - self.tiles.stages, 0)
-      jax.lax.fori_loop(first, count, settle, 0)
+      jax.lax.fori_loop(first, count, leave, 0)
 
     @pl.when(group < 2)
     def _compute():
       plgpu.set_max_registers(232, action='increase')
 
-      def body(number, carry):
-        tile(number)
+      def body(turn, carry):
+        tile(2 * turn + group if self.alone else turn)
         return carry
 
-      jax.lax.fori_loop(0, mine, body, 0)
+      turns = jax.lax.div(mine + 1 - group, 2) if self.alone else mine
+      jax.lax.fori_loop(0, turns, body, 0)
       plgpu.wait_smem_to_gmem(0)
+
+  def _full(self, slot, group):
+    """Whoever waits for a barrier must see all of its turns."""
+    return self.full.at[slot + group * self.tiles.stages * self.alone]
 
   def contract(self, number, issue, products):
     """`issue(slot)` for all steps of a tile, as what they need comes in."""
-    stages = self.tiles.stages
+    stages, group = self.tiles.stages, jax.lax.axis_index('group')
 
     def body(step, carry):
       at = number * self.steps + step
       slot = jax.lax.rem(at, stages)
-      plgpu.barrier_wait(self.full.at[slot])
+      plgpu.barrier_wait(self._full(slot, group))
       issue(slot)
       if not self.tiles.ahead:
         plgpu.wgmma_wait(0)
@@ -186,11 +212,28 @@ class _Loop(NamedTuple):
       plgpu.barrier_arrive(self.empty.at[slot])
 
 
-def _barriers(stages, copies):
+def _barriers(stages, copies, alone=False):
+  fulls = 2 * stages if alone else stages
   return {
-    'full': plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-    'empty': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+    'full': plgpu.Barrier(num_arrivals=copies, num_barriers=fulls),
+    'empty': plgpu.Barrier(num_arrivals=1 if alone else 2, num_barriers=stages),
   }
+
+
+def _scale(gmem, first, size, plan):
+  """Factors of rows `[size]`, or None."""
+  if gmem is None:
+    return None
+  at = gmem.at[pl.ds(first, size)]
+  # The simulator lacks the load that a GPU needs here.
+  return at[...] if plan.interpret else plgpu.load(at, (), optimized=False)
+
+
+def _scaled(value, scale):
+  """Rows times their factors; None is one."""
+  if scale is None:
+    return value
+  return value * jax.lax.broadcast_in_dim(scale, value.shape, (0,))
 
 
 def _store(memory, value, gmem):
@@ -204,71 +247,84 @@ def _store(memory, value, gmem):
 # Under jit, so that equal calls of a program are lowered once.
 @functools.partial(jax.jit, static_argnames=('plan', 'keep'))
 def gated(
-  gate_DF: Array, up_DF: Array, x_ND: Array, plan: Plan, keep: bool = False
+  gate_DF: Array,
+  up_DF: Array,
+  x_ND: Array,
+  plan: Plan,
+  keep: bool = False,
+  scale_N: Array | None = None,
 ) -> tuple[Array, ...]:
-  """`silu(x gate) * (x up)` `[N, F]`, and if `keep` both products `[N, 2F]`."""
+  """`silu(x gate) * (x up)` `[N, F]`, and if `keep` both products `[N, 2F]`.
+
+  Rows of x are taken times their scale.
+  """
   tiles = plan.gated
   (total, width), hidden = x_ND.shape, gate_DF.shape[1]
   dtype, half = x_ND.dtype, tiles.rows // 2
   grid = total // tiles.rows, hidden // tiles.columns
 
-  def block(x_gmem, gate_gmem, up_gmem, out_gmem, both_gmem=None):
-    def scoped(xs, gates, ups, outs, full, empty):
+  def block(x_gmem, pair_gmem, *refs):
+    refs = list(refs)
+    scale_gmem = None if scale_N is None else refs.pop(0)
+    out_gmem, *both_gmem = refs
+
+    def scoped(xs, weights, outs, full, empty):
       loop = _Loop(grid, width // tiles.width, tiles, full, empty)
       group = jax.lax.axis_index('group')
 
-      def fetch(number, step, slot):
+      def fetch(number, step, slot, ready):
         row, column = loop.place(number)
         inner = pl.ds(step * tiles.width, tiles.width)
-        outer = pl.ds(column, tiles.columns)
-        rows = pl.ds(row, tiles.rows)
-        plgpu.copy_gmem_to_smem(
-          x_gmem.at[rows, inner], xs.at[slot], full.at[slot]
-        )
-        for gmem, smem in ((gate_gmem, gates), (up_gmem, ups)):
-          plgpu.copy_gmem_to_smem(
-            gmem.at[inner, outer], smem.at[slot], full.at[slot]
-          )
+        pair = pl.ds(2 * column, 2 * tiles.columns)
+        for gmem, at, smem in (
+          (x_gmem, (pl.ds(row, tiles.rows), inner), xs),
+          (pair_gmem, (inner, pair), weights),
+        ):
+          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], ready)
 
       def tile(number):
         row, column = loop.place(number)
+        scale = _scale(scale_gmem, row + group * half, half, plan)
 
-        def accumulate(gate_acc, up_acc):
+        def accumulate(acc):
           def issue(slot):
             x = xs.at[slot, pl.ds(group * half, half)]
-            plgpu.wgmma(gate_acc, x, gates.at[slot])
-            plgpu.wgmma(up_acc, x, ups.at[slot])
+            plgpu.wgmma(acc, x, weights.at[slot])
 
-          loop.contract(number, issue, 2)
-          gate, up = gate_acc[...], up_acc[...]
+          loop.contract(number, issue, 1)
+          both = _scaled(acc[...], scale)
+          gate, up = both[:, : tiles.columns], both[:, tiles.columns :]
           value = gate * tiling.sigmoid(gate) * up
           places = [(out_gmem, column, value)]
-          if keep:
-            places += [(both_gmem, column, gate)]
-            places += [(both_gmem, column + hidden, up)]
+          for gmem in both_gmem:
+            places += [(gmem, column, gate), (gmem, column + hidden, up)]
           for gmem, first, value in places:
             at = pl.ds(row + group * half, half), pl.ds(first, tiles.columns)
             _store(outs.at[group], value, gmem.at[at])
 
-        shape = half, tiles.columns
-        pl.run_scoped(accumulate, *(plgpu.ACC(shape, jnp.float32),) * 2)
+        shape = half, 2 * tiles.columns
+        pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
 
       loop.run(fetch, tile)
 
     pl.run_scoped(
       scoped,
       xs=_memory(tiles.rows, tiles.width, dtype, tiles.stages),
-      gates=_memory(tiles.width, tiles.columns, dtype, tiles.stages),
-      ups=_memory(tiles.width, tiles.columns, dtype, tiles.stages),
+      weights=_memory(tiles.width, 2 * tiles.columns, dtype, tiles.stages),
       outs=_memory(half, tiles.columns, dtype, 2),
-      **_barriers(tiles.stages, 3),
+      **_barriers(tiles.stages, 2),
       collective_axes='group',
     )
 
+  # Tiles of both side by side: the wider a product, the less is read twice.
+  shape = width, hidden // tiles.columns, tiles.columns
+  pair = jnp.stack([gate_DF.reshape(shape), up_DF.reshape(shape)], 2)
   out_type = [jax.ShapeDtypeStruct((total, hidden), dtype)]
   if keep:
     out_type += [jax.ShapeDtypeStruct((total, 2 * hidden), dtype)]
-  return _launch(block, tuple(out_type), plan, x_ND, gate_DF, up_DF)
+  scales = [] if scale_N is None else [scale_N]
+  args = x_ND, pair.reshape(width, 2 * hidden), *scales
+  return _launch(block, tuple(out_type), plan, *args)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -292,7 +348,7 @@ def gated_backward(
       loop = _Loop(grid, steps, tiles, full, empty)
       group = jax.lax.axis_index('group')
 
-      def fetch(number, step, slot):
+      def fetch(number, step, slot, ready):
         row, column = loop.place(number)
         inner = pl.ds(step * tiles.width, tiles.width)
         outer = pl.ds(column, tiles.columns)
@@ -304,7 +360,7 @@ def gated_backward(
           (up_gmem, ups, (inner, outer)),
           (down_gmem, downs, (inner, outer)),
         ):
-          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], full.at[slot])
+          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], ready)
 
       def tile(number):
         row, column = loop.place(number)
@@ -358,82 +414,232 @@ def gated_backward(
   return _launch(block, out_type, plan, *args)
 
 
-@functools.partial(jax.jit, static_argnames='plan')
-def kept_backward(
-  down_FD: Array, both_N2F: Array, dr_ND: Array, plan: Plan
-) -> Array:
-  """Gradients `[N, 2F]` of gate and up, from the products that `gated` kept."""
-  tiles = plan.kept
-  (total, width), hidden = dr_ND.shape, down_FD.shape[0]
-  dtype, half = dr_ND.dtype, tiles.rows // 2
-  grid = total // tiles.rows, hidden // tiles.columns
-  steps = width // tiles.width
-  # By this step of a tile the one before is left, without waiting for it.
-  late = min(tiles.stages, steps - 1)
+class _Terms(NamedTuple):
+  """Tiles that are added to a tile's products, and where its results are put.
 
-  def block(dr_gmem, down_gmem, both_gmem, dboth_gmem):
-    def scoped(left, downs, kept, full, empty, ready, free):
-      loop = _Loop(grid, steps, tiles, full, empty)
-      group = jax.lax.axis_index('group')
+  memory: `[sets, terms, rows, columns]`, a set for each of so many tiles.
+  ready: of a group; free: of a set.
+  """
 
-      def fetch(number, step, slot):
+  memory: Any
+  ready: Any
+  free: Any
+
+  @staticmethod
+  def scratch(tiles, dtype, count):
+    """For `count` terms."""
+    shape = tiles.rows, tiles.columns
+    return {
+      'memory': _memory(*shape, dtype, tiles.sets, count),
+      'ready': plgpu.Barrier(num_arrivals=count, num_barriers=2),
+      'free': plgpu.Barrier(num_arrivals=1, num_barriers=tiles.sets),
+    }
+
+  def _set(self, number):
+    return jax.lax.rem(number, self.memory.shape[0])
+
+  def fetch(self, number, places):
+    """Terms of a tile, from their `places` `(gmem, row, column)`."""
+    which = self._set(number)
+
+    @pl.when(number >= self.memory.shape[0])
+    def _wait():
+      plgpu.barrier_wait(self.free.at[which])
+
+    ready = self.ready.at[jax.lax.rem(number, 2)]
+    _, _, rows, columns = self.memory.shape
+    for term, (gmem, row, column) in enumerate(places):
+      at = pl.ds(row, rows), pl.ds(column, columns)
+      plgpu.copy_gmem_to_smem(gmem.at[at], self.memory.at[which, term], ready)
+
+  def settle(self, mine):
+    """Waits until the last of `mine` tiles are out."""
+
+    def body(number, carry):
+      plgpu.barrier_wait(self.free.at[self._set(number)])
+      return carry
+
+    first = jnp.maximum(mine - self.memory.shape[0], 0)
+    jax.lax.fori_loop(first, mine, body, 0)
+
+  def read(self, number):
+    """In float32."""
+    plgpu.barrier_wait(self.ready.at[jax.lax.rem(number, 2)])
+    places = self.memory.at[self._set(number)]
+    count = self.memory.shape[1]
+    return [places[term].astype(jnp.float32) for term in range(count)]
+
+  def store(self, number, values, places):
+    """Results, where the terms were, and from there to their places."""
+    which = self._set(number)
+    smems = [self.memory.at[which, term] for term in range(len(values))]
+    for smem, value in zip(smems, values, strict=True):
+      smem[...] = value.astype(smem.dtype)
+    plgpu.commit_smem()
+    _, _, rows, columns = self.memory.shape
+    for smem, (gmem, row, column) in zip(smems, places, strict=True):
+      at = pl.ds(row, rows), pl.ds(column, columns)
+      plgpu.copy_smem_to_gmem(smem, gmem.at[at])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(self.free.at[which])
+
+
+def _product(
+  finish: Callable,
+  a_NK: Array,
+  w_KD: Array,
+  terms: list[tuple[Array, int]],
+  scales: list[Array | None],
+  *,
+  results: int,
+  sums: bool,
+  tiles: Tiles,
+  plan: Plan,
+) -> tuple[Array, ...]:
+  """What `finish` makes of `a w [N, D]` and of terms like it, tile by tile.
+
+  Args:
+    finish: `(product, terms, scales) -> (results, sums)`: of a tile's float32
+      values, as many results as asked for, not more than terms, and a sum a row
+      or None.
+    terms: `(array, shift)`, of which columns `shift ... shift + D` are taken.
+    scales: of rows `[N]`, or None.
+    results: how many.
+    sums: whether `finish` has them.
+
+  Returns:
+    The results side by side `[N, results D]`, and sums `[P, N]` of P tiles a
+    row.
+  """
+  (total, inner), width = a_NK.shape, w_KD.shape[1]
+  grid = total // tiles.rows, width // tiles.columns
+  steps = inner // tiles.width
+  given = [scale for scale in scales if scale is not None]
+
+  def block(a_gmem, w_gmem, *refs):
+    refs = list(refs)
+    term_gmems = [(refs.pop(0), shift) for _, shift in terms]
+    scale_gmems = [None if s is None else refs.pop(0) for s in scales]
+    out_gmem, *sums_gmem = refs
+
+    def scoped(left, right, full, empty, **scratch):
+      loop = _Loop(grid, steps, tiles, full, empty, alone=True)
+      held = _Terms(**scratch)
+
+      def fetch(number, step, slot, ready):
         row, column = loop.place(number)
-        inner = pl.ds(step * tiles.width, tiles.width)
-        outer = pl.ds(column, tiles.columns)
+        along = pl.ds(step * tiles.width, tiles.width)
         for gmem, at, smem in (
-          (dr_gmem, (pl.ds(row, tiles.rows), inner), left),
-          (down_gmem, (inner, outer), downs),
+          (a_gmem, (pl.ds(row, tiles.rows), along), left),
+          (w_gmem, (along, pl.ds(column, tiles.columns)), right),
         ):
-          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], full.at[slot])
-
-        @pl.when(step == late)
-        def _products():
-          plgpu.barrier_wait(free)
-          for which, whose in itertools.product((0, 1), repeat=2):
-            rows = pl.ds(row + whose * half, half)
-            columns = pl.ds(column + which * hidden, tiles.columns)
-            plgpu.copy_gmem_to_smem(
-              both_gmem.at[rows, columns], kept.at[which, whose], ready
-            )
+          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], ready)
+        places = [(gmem, row, column + shift) for gmem, shift in term_gmems]
+        # As soon as what is multiplied first is on its way.
+        late = step == min(tiles.stages, steps) - 1
+        pl.when(late)(functools.partial(held.fetch, number, places))
 
       def tile(number):
         row, column = loop.place(number)
-        # The last tile's results are on their way from where these come.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(free)
+        factors = [_scale(gmem, row, tiles.rows, plan) for gmem in scale_gmems]
 
-        def accumulate(dh_acc):
+        def accumulate(acc):
           def issue(slot):
-            mine = left.at[slot, pl.ds(group * half, half)]
-            plgpu.wgmma(dh_acc, mine, downs.at[slot])
+            plgpu.wgmma(acc, left.at[slot], right.at[slot])
 
           loop.contract(number, issue, 1)
-          plgpu.barrier_wait(ready)
-          places = [kept.at[which, group] for which in (0, 1)]
-          u, v = (place[...].astype(jnp.float32) for place in places)
-          du, dv, _ = tiling.swiglu_backward(u, v, dh_acc[...])
-          for place, value in zip(places, (du, dv), strict=True):
-            place[...] = value.astype(dtype)
-          plgpu.commit_smem()
-          rows = pl.ds(row + group * half, half)
-          for which, place in enumerate(places):
-            columns = pl.ds(column + which * hidden, tiles.columns)
-            plgpu.copy_smem_to_gmem(place, dboth_gmem.at[rows, columns])
+          product = acc[...]
+          found = held.read(number)
+          values, of_rows = finish(product, found, factors)
+          for gmem in sums_gmem:
+            part = jax.lax.div(column, tiles.columns)
+            gmem[part, pl.ds(row, tiles.rows)] = of_rows
+          places = [
+            (out_gmem, row, column + which * width) for which in range(results)
+          ]
+          held.store(number, values, places)
 
-        pl.run_scoped(accumulate, plgpu.ACC((half, tiles.columns), jnp.float32))
+        shape = tiles.rows, tiles.columns
+        pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
 
-      loop.run(fetch, tile)
+      loop.run(fetch, tile, held.settle)
 
     pl.run_scoped(
       scoped,
-      left=_memory(tiles.rows, tiles.width, dtype, tiles.stages),
-      downs=_memory(tiles.width, tiles.columns, dtype, tiles.stages),
-      kept=_memory(half, tiles.columns, dtype, 2, 2),
-      ready=plgpu.Barrier(num_arrivals=4),
-      free=plgpu.Barrier(num_arrivals=2),
-      **_barriers(tiles.stages, 2),
+      left=_memory(tiles.rows, tiles.width, a_NK.dtype, tiles.stages),
+      right=_memory(tiles.width, tiles.columns, a_NK.dtype, tiles.stages),
+      **_Terms.scratch(tiles, a_NK.dtype, len(terms)),
+      **_barriers(tiles.stages, 2, alone=True),
       collective_axes='group',
     )
 
-  out_type = jax.ShapeDtypeStruct((total, 2 * hidden), dtype)
-  return _launch(block, out_type, plan, dr_ND, down_FD.T, both_N2F)
+  out_type = [jax.ShapeDtypeStruct((total, results * width), a_NK.dtype)]
+  if sums:
+    out_type += [jax.ShapeDtypeStruct((grid[1], total), jnp.float32)]
+  arrays = [array for array, _ in terms]
+  return _launch(block, tuple(out_type), plan, a_NK, w_KD, *arrays, *given)
+
+
+@functools.partial(jax.jit, static_argnames='plan')
+def kept_backward(
+  down_FD: Array,
+  both_N2F: Array,
+  dr_ND: Array,
+  plan: Plan,
+  scale_N: Array | None = None,
+) -> tuple[Array, ...]:
+  """Gradients `[N, 2F]` of gate and up, from the products that `gated` kept.
+
+  With a scale, rows of them are times it, and there are sums `[P, N]`, over P
+  parts of a row, of gate times its gradient (which is not).
+  """
+
+  def finish(dh, terms, scales):
+    du, dv, _ = tiling.swiglu_backward(*terms, dh)
+    (scale,) = scales
+    of_rows = None if scale is None else (terms[0] * du).sum(1)
+    return [_scaled(du, scale), _scaled(dv, scale)], of_rows
+
+  return _product(
+    finish,
+    dr_ND,
+    down_FD.T,
+    [(both_N2F, 0), (both_N2F, down_FD.shape[0])],
+    [scale_N],
+    results=2,
+    sums=scale_N is not None,
+    tiles=plan.kept,
+    plan=plan,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('tiles', 'plan', 'squares'))
+def added(
+  a_NK: Array,
+  w_KD: Array,
+  terms: tuple[tuple[Array, Array | None], ...],
+  tiles: Tiles,
+  plan: Plan,
+  squares: bool = False,
+) -> tuple[Array, ...]:
+  """`a w + sum_i s_i x_i` `[N, D]` of terms `(x [N, D], s [N])`, s = None one.
+
+  If `squares`, also sums `[P, N]` of its squares, over P parts of a row.
+  """
+
+  def finish(product, found, scales):
+    for value, scale in zip(found, scales, strict=True):
+      product += _scaled(value, scale)
+    return [product], (product * product).sum(1) if squares else None
+
+  return _product(
+    finish,
+    a_NK,
+    w_KD,
+    [(x_ND, 0) for x_ND, _ in terms],
+    [scale_N for _, scale_N in terms],
+    results=1,
+    sums=squares,
+    tiles=tiles,
+    plan=plan,
+  )

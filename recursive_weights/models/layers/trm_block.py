@@ -191,13 +191,15 @@ def attention_half(
 class Halves(NamedTuple):
   """The programs of the halves: `(params of the half, state) -> state`.
 
-  `constraint` is that of `symmetric_block`, None for its own.
+  `constraint` is that of `symmetric_block`, None for its own. Programs may hand
+  on something in the place of a state, of which `settle` makes one.
   """
 
   token: Callable[..., Array] = token_half
   channel: Callable[..., Array] = channel_half
   attention: Callable[..., Array] = attention_half
   constraint: Callable[..., Array] | None = None
+  settle: Callable[..., Array] = lambda x: x
 
 
 def apply(

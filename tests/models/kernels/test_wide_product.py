@@ -1,5 +1,6 @@
 """The Hopper kernels, run by the simulator of groups, barriers and copies."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,6 +20,8 @@ def plan(**changes):
     gated=small,
     backward=small,
     kept=small,
+    joined=small,
+    spread=small,
     blocks=2,
     interpret=params.InterpretGPUParams(),
   )._replace(**changes)
@@ -78,7 +81,7 @@ def test_gradients_from_products_that_were_kept(ahead, width):
   weights, x_ND, dr_ND = arrays()
   gate, up, down = weights
   tiles = wide_product.Tiles(columns=64, width=width, stages=2, ahead=ahead)
-  keeps = plan(kept=tiles, keep=True)
+  keeps = plan(kept=tiles)
   (alone,) = wide_product.gated(gate, up, x_ND, keeps)
   hidden, both = wide_product.gated(gate, up, x_ND, keeps, keep=True)
   assert (alone == hidden).all()
@@ -87,10 +90,57 @@ def test_gradients_from_products_that_were_kept(ahead, width):
   assert distance(both, jnp.concatenate([x @ gate, x @ up], 1)) < 3e-3
   # Three tiles of one block: what is kept lies where the last one lay.
   one = keeps._replace(blocks=1)
-  dboth = wide_product.kept_backward(down, both, dr_ND, one)
+  (dboth,) = wide_product.kept_backward(down, both, dr_ND, one)
   dgate, dup, h = exact(weights, x_ND, dr_ND)
   assert distance(hidden, h) < 3e-3
   assert distance(dboth, jnp.concatenate([dgate, dup], 1)) < 5e-3
+
+
+def test_rows_are_scaled_where_they_are_read():
+  (gate, up, down), x_ND, dr_ND = arrays()
+  scale_N = jnp.linspace(0.5, 2, ROWS)
+  keeps = plan()
+  hidden, both = wide_product.gated(gate, up, x_ND, keeps, True, scale_N)
+  wide = (a.astype(jnp.float32) for a in (gate, up, down, x_ND, dr_ND))
+  gate, up, down_FD, x, dr = wide
+  x = scale_N[:, None] * x
+  assert distance(both, jnp.concatenate([x @ gate, x @ up], 1)) < 3e-3
+  u, v = jnp.split(both.astype(jnp.float32), 2, axis=1)
+  du, dv, h = tiling.swiglu_backward(u, v, dr @ down_FD.T)
+  assert distance(hidden, h) < 5e-3
+  dboth, sums_PN = wide_product.kept_backward(down, both, dr_ND, keeps, scale_N)
+  expected = scale_N[:, None] * jnp.concatenate([du, dv], 1)
+  assert distance(dboth, expected) < 3e-3
+  assert sums_PN.shape == (HIDDEN // 64, ROWS)
+  chex.assert_trees_all_close(sums_PN.sum(0), (u * du).sum(1), rtol=1e-3)
+
+
+@pytest.mark.parametrize('sets', [1, 2])
+@pytest.mark.parametrize('scaled', [(True,), (False,), (True, False)])
+def test_product_and_terms(scaled, sets):
+  (_, _, down), a_ND, _ = arrays()
+  a_NK = jnp.concatenate([a_ND, a_ND[:, ::-1][:, :64]], 1)
+  keys = jax.random.split(jax.random.key(1), len(scaled))
+  x_NDs = [
+    jax.random.normal(k, (ROWS, WIDTH)).astype(jnp.bfloat16) for k in keys
+  ]
+  scale_N = jnp.linspace(0.5, 2, ROWS)
+  terms = tuple(
+    (x, scale_N if s else None) for x, s in zip(x_NDs, scaled, strict=True)
+  )
+  # Two tiles of one block: terms come where the last results lay.
+  one = plan(blocks=1)
+  tiles = wide_product.Tiles(columns=64, stages=2, ahead=True, sets=sets)
+  found, sums_PN = wide_product.added(
+    a_NK, down, terms, tiles, one, squares=True
+  )
+  (alone,) = wide_product.added(a_NK, down, terms, tiles, one)
+  assert (alone == found).all()
+  expected = a_NK.astype(jnp.float32) @ down.astype(jnp.float32)
+  for x, scale in terms:
+    expected += (1 if scale is None else scale[:, None]) * x.astype(jnp.float32)
+  assert distance(found, expected) < 3e-3
+  chex.assert_trees_all_close(sums_PN.sum(0), (expected**2).sum(1), rtol=1e-3)
 
 
 def test_only_whole_tiles_fit():

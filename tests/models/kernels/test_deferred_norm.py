@@ -1,0 +1,118 @@
+"""Halves that leave their norm: what they stand for, and its gradients."""
+
+import jax
+import jax.numpy as jnp
+import kernel_laws
+import pytest
+
+from recursive_weights.models.kernels import (
+  attention,
+  channel_half,
+  deferred_norm,
+  halves,
+  wide_product,
+)
+from recursive_weights.models.layers import trm_block
+
+params = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
+
+BATCH, TOKENS, WIDTH, HEADS = 8, 16, 128, 4
+
+
+def simulated():
+  small = wide_product.Tiles(columns=64, stages=2, ahead=True)
+  plan = wide_product.Plan(
+    gated=small,
+    kept=small,
+    joined=small,
+    spread=small._replace(sets=1),
+    defer=True,
+    blocks=2,
+    interpret=params.InterpretGPUParams(),
+  )
+  tiles = channel_half.Tiles(wide=plan)
+  return halves.make(
+    True, channel=tiles, over=attention.Tiles(back_heads=2), interpret=True
+  )
+
+
+def case(kind, layers):
+  keys = jax.random.split(jax.random.key(0), 4)
+  blocks = [
+    trm_block.init(key, kind, tokens=TOKENS, width=WIDTH, multiple=64)
+    for key in keys[:layers]
+  ]
+  shape = (BATCH, TOKENS, WIDTH)
+  shape = shape if kind == 'attention' else (TOKENS, BATCH, WIDTH)
+  x, g = (
+    jax.random.normal(key, shape).astype(jnp.bfloat16) for key in keys[2:]
+  )
+  return blocks, x, g
+
+
+def network(programs, turns):
+  turn = trm_block.rotation(TOKENS, WIDTH // HEADS) if turns else None
+
+  def run(blocks, x):
+    for block in blocks:
+      x = trm_block.apply(block, x, heads=HEADS, turn=turn, halves=programs)
+    return programs.settle(x)
+
+  return run
+
+
+def check(kind, layers, turns):
+  kernel_laws.check_as_far_from_float32_as_plain(
+    network(simulated(), turns),
+    network(trm_block.Halves(), turns),
+    case(kind, layers),
+  )
+
+
+def test_two_blocks_of_attention_are_as_far_from_float32_as_plain():
+  check('attention', 2, turns=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+  'kind, layers, turns', [('attention', 2, False), ('mixer', 1, False)]
+)
+def test_blocks_are_as_far_from_float32_as_plain(kind, layers, turns):
+  check(kind, layers, turns)
+
+
+def test_a_half_hands_on_what_the_next_one_takes():
+  programs = simulated()
+  (block,), x, _ = case('attention', 1)
+  first = programs.attention(block['attention'], x, heads=HEADS)
+  assert isinstance(first, deferred_norm.Deferred)
+  plain = trm_block.attention_half(block['attention'], x, heads=HEADS)
+  near = {'rtol': 3e-2, 'atol': 3e-2}
+  assert jnp.allclose(programs.settle(first), plain, **near)
+  # What does not fit whole tiles is settled first.
+  odd = trm_block.swiglu_init(jax.random.key(1), WIDTH, 80)
+  second = programs.channel(odd, first)
+  assert not isinstance(second, deferred_norm.Deferred)
+  assert jnp.allclose(second, trm_block.channel_half(odd, plain), **near)
+
+
+def test_settling_has_the_gradient_of_the_norm():
+  r_ND, g_ND = jax.random.normal(jax.random.key(0), (2, 24, 48))
+
+  def settled(r_ND):
+    scale_N = jax.lax.rsqrt((r_ND**2).mean(1) + 1e-5)
+    return deferred_norm.settle(deferred_norm.Deferred(r_ND, scale_N))
+
+  (found,) = jax.vjp(settled, r_ND)[1](g_ND)
+  (expected,) = jax.vjp(trm_block.rms, r_ND)[1](g_ND)
+  assert jnp.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_narrow_halves_are_not_deferred():
+  plan = wide_product.Plan()
+  for width, deferred in ((512, True), (256, False)):
+    x = jax.ShapeDtypeStruct((97, 768, width), jnp.bfloat16)
+    assert deferred_norm.fits(x, 1536, plan) == deferred
+  x = jax.ShapeDtypeStruct((97, 768, 512), jnp.bfloat16)
+  assert not deferred_norm.fits(x, 1536, plan._replace(defer=False))
+  assert not deferred_norm.fits(x, 1500, plan)

@@ -16,7 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from recursive_weights.interfaces import Array
-from recursive_weights.models.kernels import row_norm, tiling, wide_product
+from recursive_weights.models.kernels import (
+  gated_product,
+  hopper,
+  row_norm,
+  tiling,
+)
 
 # From this width on whole rows of the down projection are more than a program's
 # registers hold.
@@ -53,7 +58,7 @@ class Tiles(NamedTuple):
   down_stages: int = 3
   norm_rows: int = 8
   norm_warps: int = 4
-  wide: wide_product.Plan | None = wide_product.Plan()
+  wide: hopper.Plan | None = hopper.Plan()
 
 
 def fits(width: int, hidden: int) -> bool:
@@ -92,8 +97,8 @@ def apply(
     interpret = jax.default_backend() != 'gpu'
   wide = tiles.wide
   if wide is not None:
-    runs = wide.interpret or (not interpret and wide_product.available())
-    whole = wide_product.fits(x_TBD.size // width, width, hidden, wide)
+    runs = wide.interpret or (not interpret and hopper.available())
+    whole = gated_product.fits(x_TBD.size // width, width, hidden, wide)
     if not (runs and whole and x_TBD.dtype.itemsize == 2):
       tiles = tiles._replace(wide=None)
   y_ND = _mix(dict(params), x_TBD.reshape(-1, width), tiles, interpret)
@@ -184,7 +189,7 @@ def _whole(params, x_ND, tiles, interpret):
   """The result and its scale."""
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype)
   if tiles.wide:
-    (hidden_NF,) = wide_product.gated(gate_DF, up_DF, x_ND, tiles.wide)
+    (hidden_NF,) = gated_product.gated(gate_DF, up_DF, x_ND, tiles.wide)
   else:
     hidden_NF = _gated(gate_DF, up_DF, x_ND, tiles, interpret)
   return _projected(down_FD, hidden_NF, x_ND, tiles, interpret)
@@ -200,7 +205,7 @@ def _mix_backward(tiles, interpret, saved, g_ND):
   weights = _cast(params, x_ND.dtype)
   dr_ND = _norm_backward(y_ND, scale_N, g_ND, tiles, interpret)
   if tiles.wide:
-    dgate_up_N2F, hidden_NF = wide_product.gated_backward(
+    dgate_up_N2F, hidden_NF = gated_product.gated_backward(
       *weights, x_ND, dr_ND, tiles.wide
     )
   else:

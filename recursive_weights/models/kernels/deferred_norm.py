@@ -25,10 +25,12 @@ import jax.numpy as jnp
 
 from recursive_weights.interfaces import Array
 from recursive_weights.models.kernels import (
+  added_product,
   attention,
+  gated_product,
+  hopper,
   row_norm,
   tiling,
-  wide_product,
 )
 
 # From this width on a product costs more than its result's way through memory
@@ -57,14 +59,14 @@ def settle(x: Array | Deferred) -> Array:
   return _settled(*_rows(x)).reshape(x.value.shape)
 
 
-def fits(x: Array | Deferred, inner: int, plan: wide_product.Plan) -> bool:
+def fits(x: Array | Deferred, inner: int, plan: hopper.Plan) -> bool:
   """Whether halves with `inner` units are faster so, in whole tiles."""
   value = value_of(x)
   width = value.shape[-1]
   rows = value.size // width
   defer = width >= WIDE if plan.defer is None else plan.defer
   return defer and all(
-    wide_product.whole(tiles, rows, *sizes)
+    hopper.whole(tiles, rows, *sizes)
     for tiles, sizes in (
       (plan.gated, (width, inner)),
       (plan.kept, (width, inner)),
@@ -81,7 +83,7 @@ def attention_half(
   heads: int,
   turn: tuple[Array, Array] | None = None,
   tiles: attention.Tiles | None = None,
-  plan: wide_product.Plan,
+  plan: hopper.Plan,
   interpret: bool = False,
 ) -> Deferred:
   """`layers.trm_block.attention_half`, the norm left out.
@@ -105,7 +107,7 @@ def channel_half(
   params: Mapping[str, Array],
   x_TBD: Array | Deferred,
   *,
-  plan: wide_product.Plan,
+  plan: hopper.Plan,
 ) -> Deferred:
   """`layers.trm_block.channel_half`, the norm left out.
 
@@ -159,7 +161,7 @@ _settled.defvjp(_settled_forward, _settled_backward)
 
 class _Settings(NamedTuple):
   attention: attention.Plan
-  products: wide_product.Plan
+  products: hopper.Plan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -187,7 +189,7 @@ def _attend_backward(settings, saved, gradients):
     'out': tiling.over_rows(seen_ND, d_ND),
   }
   plan = settings.products
-  (dx_ND,) = wide_product.added(
+  (dx_ND,) = added_product.added(
     dqkv_NE, qkv_DE.T, ((d_ND, scale_N),), plan.joined, plan
   )
   if scale_N is not None:
@@ -221,7 +223,7 @@ def _mix_backward(plan, saved, gradients):
   params, x_ND, scale_N, hidden_NF, both_N2F = saved
   d_ND, _ = gradients
   gate_DF, up_DF, down_FD = _cast(params, x_ND.dtype, 'gate', 'up', 'down')
-  dboth_N2F, *sums = wide_product.kept_backward(
+  dboth_N2F, *sums = added_product.kept_backward(
     down_FD, both_N2F, d_ND, plan, scale_N
   )
   terms = [(d_ND, scale_N)]
@@ -229,7 +231,7 @@ def _mix_backward(plan, saved, gradients):
     mean_N = sums_PN.sum(0) / x_ND.shape[1]
     terms += [(x_ND, -(scale_N**2) * mean_N)]
   both_D2F = jnp.concatenate([gate_DF, up_DF], 1)
-  (dx_ND,) = wide_product.added(
+  (dx_ND,) = added_product.added(
     dboth_N2F, both_D2F.T, tuple(terms), plan.spread, plan
   )
   dgate_DF, dup_DF = jnp.split(tiling.over_rows(x_ND, dboth_N2F), 2, axis=1)
@@ -246,12 +248,12 @@ _mix.defvjp(_mix_forward, _mix_backward)
 
 def _gated(params, x_ND, scale_N, plan, keep):
   weights = _cast(params, x_ND.dtype, 'gate', 'up')
-  return wide_product.gated(*weights, x_ND, plan, keep, scale_N)
+  return gated_product.gated(*weights, x_ND, plan, keep, scale_N)
 
 
 def _joined(inner_NK, w_KD, x_ND, scale_N, plan):
   """`(r, s)` of r = y + inner w, y the rows of x times their scale."""
-  r_ND, squares_PN = wide_product.added(
+  r_ND, squares_PN = added_product.added(
     inner_NK, w_KD, ((x_ND, scale_N),), plan.joined, plan, squares=True
   )
   mean_N = squares_PN.sum(0) / x_ND.shape[1]

@@ -9,8 +9,8 @@ from recursive_weights.models.kernels import (
   channel_half,
   constraint_half,
   deferred_norm,
+  hopper,
   token_half,
-  wide_product,
 )
 from recursive_weights.models.layers import symmetric_block, trm_block
 from recursive_weights.scans.kernels import check_gpu, on_one_device
@@ -61,7 +61,7 @@ def make(
     value = deferred_norm.value_of(x)
     if wide is None or value.dtype.itemsize != 2:
       return False
-    on_hopper = not simulated and wide_product.available()
+    on_hopper = not simulated and hopper.available()
     if not (wide.interpret or (on_hopper and use(True, value))):
       return False
     return deferred_norm.fits(x, inner, wide)
@@ -123,4 +123,4 @@ def make(
 
 def on_one_hopper() -> bool:
   """Whether what is traced runs by itself on a GPU of the Hopper generation."""
-  return on_one_device() and wide_product.available()
+  return on_one_device() and hopper.available()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import kernel_laws
 import pytest
 
-from recursive_weights.models.kernels import channel_half, wide_product
+from recursive_weights.models.kernels import channel_half, hopper
 from recursive_weights.models.layers import trm_block
 
 TILES = channel_half.Tiles(
@@ -58,8 +58,8 @@ def test_fused_in_bfloat16_is_as_far_from_float32_as_plain(down):
 @pytest.mark.long
 def test_half_by_hopper_kernels_is_as_far_from_float32_as_plain():
   interpret = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
-  small = wide_product.Tiles(columns=64, stages=2)
-  wide = wide_product.Plan(
+  small = hopper.Tiles(columns=64, stages=2)
+  wide = hopper.Plan(
     gated=small,
     backward=small,
     blocks=2,

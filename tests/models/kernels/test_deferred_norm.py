@@ -10,7 +10,7 @@ from recursive_weights.models.kernels import (
   channel_half,
   deferred_norm,
   halves,
-  wide_product,
+  hopper,
 )
 from recursive_weights.models.layers import trm_block
 
@@ -20,8 +20,8 @@ BATCH, TOKENS, WIDTH, HEADS = 8, 16, 128, 4
 
 
 def simulated():
-  small = wide_product.Tiles(columns=64, stages=2, ahead=True)
-  plan = wide_product.Plan(
+  small = hopper.Tiles(columns=64, stages=2, ahead=True)
+  plan = hopper.Plan(
     gated=small,
     kept=small,
     joined=small,
@@ -109,7 +109,7 @@ def test_settling_has_the_gradient_of_the_norm():
 
 
 def test_narrow_halves_are_not_deferred():
-  plan = wide_product.Plan()
+  plan = hopper.Plan()
   for width, deferred in ((512, True), (256, False)):
     x = jax.ShapeDtypeStruct((97, 768, width), jnp.bfloat16)
     assert deferred_norm.fits(x, 1536, plan) == deferred

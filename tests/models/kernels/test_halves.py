@@ -154,7 +154,7 @@ def test_without_a_gpu_halves_are_plain():
 
 @pytest.mark.parametrize('axis', [None, 'devices'])
 def test_kernels_are_for_programs_of_one_device(monkeypatch, axis):
-  monkeypatch.setattr(halves.wide_product, 'available', lambda: True)
+  monkeypatch.setattr(halves.hopper, 'available', lambda: True)
   found = []
 
   def program(x):

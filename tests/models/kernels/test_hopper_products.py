@@ -5,7 +5,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from recursive_weights.models.kernels import tiling, wide_product
+from recursive_weights.models.kernels import (
+  added_product,
+  gated_product,
+  hopper,
+  tiling,
+)
 from recursive_weights.models.layers import trm_block
 
 params = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
@@ -15,8 +20,8 @@ ROWS, WIDTH, HIDDEN = 128, 128, 192
 
 
 def plan(**changes):
-  small = wide_product.Tiles(columns=64, stages=2)
-  return wide_product.Plan(
+  small = hopper.Tiles(columns=64, stages=2)
+  return hopper.Plan(
     gated=small,
     backward=small,
     kept=small,
@@ -54,8 +59,8 @@ def distance(a, b):
 @pytest.mark.parametrize('ahead', [False, True])
 def test_gated_unit_of_two_products(ahead):
   weights, x_ND, dr_ND = arrays()
-  tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
-  (found,) = wide_product.gated(*weights[:2], x_ND, plan(gated=tiles))
+  tiles = hopper.Tiles(columns=64, stages=2, ahead=ahead)
+  (found,) = gated_product.gated(*weights[:2], x_ND, plan(gated=tiles))
   assert distance(found, exact(weights, x_ND, dr_ND)[2]) < 3e-3
 
 
@@ -63,8 +68,8 @@ def test_gated_unit_of_two_products(ahead):
 @pytest.mark.parametrize('ahead', [False, True])
 def test_gradients_of_the_gated_unit(ahead):
   weights, x_ND, dr_ND = arrays()
-  tiles = wide_product.Tiles(columns=64, stages=2, ahead=ahead)
-  both, hidden = wide_product.gated_backward(
+  tiles = hopper.Tiles(columns=64, stages=2, ahead=ahead)
+  both, hidden = gated_product.gated_backward(
     *weights, x_ND, dr_ND, plan(backward=tiles)
   )
   dgate, dup, h = exact(weights, x_ND, dr_ND)
@@ -80,17 +85,17 @@ def test_gradients_of_the_gated_unit(ahead):
 def test_gradients_from_products_that_were_kept(ahead, width):
   weights, x_ND, dr_ND = arrays()
   gate, up, down = weights
-  tiles = wide_product.Tiles(columns=64, width=width, stages=2, ahead=ahead)
+  tiles = hopper.Tiles(columns=64, width=width, stages=2, ahead=ahead)
   keeps = plan(kept=tiles)
-  (alone,) = wide_product.gated(gate, up, x_ND, keeps)
-  hidden, both = wide_product.gated(gate, up, x_ND, keeps, keep=True)
+  (alone,) = gated_product.gated(gate, up, x_ND, keeps)
+  hidden, both = gated_product.gated(gate, up, x_ND, keeps, keep=True)
   assert (alone == hidden).all()
   wide = (a.astype(jnp.float32) for a in (x_ND, gate, up))
   x, gate, up = wide
   assert distance(both, jnp.concatenate([x @ gate, x @ up], 1)) < 3e-3
   # Three tiles of one block: what is kept lies where the last one lay.
   one = keeps._replace(blocks=1)
-  (dboth,) = wide_product.kept_backward(down, both, dr_ND, one)
+  (dboth,) = added_product.kept_backward(down, both, dr_ND, one)
   dgate, dup, h = exact(weights, x_ND, dr_ND)
   assert distance(hidden, h) < 3e-3
   assert distance(dboth, jnp.concatenate([dgate, dup], 1)) < 5e-3
@@ -100,7 +105,7 @@ def test_rows_are_scaled_where_they_are_read():
   (gate, up, down), x_ND, dr_ND = arrays()
   scale_N = jnp.linspace(0.5, 2, ROWS)
   keeps = plan()
-  hidden, both = wide_product.gated(gate, up, x_ND, keeps, True, scale_N)
+  hidden, both = gated_product.gated(gate, up, x_ND, keeps, True, scale_N)
   wide = (a.astype(jnp.float32) for a in (gate, up, down, x_ND, dr_ND))
   gate, up, down_FD, x, dr = wide
   x = scale_N[:, None] * x
@@ -108,7 +113,9 @@ def test_rows_are_scaled_where_they_are_read():
   u, v = jnp.split(both.astype(jnp.float32), 2, axis=1)
   du, dv, h = tiling.swiglu_backward(u, v, dr @ down_FD.T)
   assert distance(hidden, h) < 5e-3
-  dboth, sums_PN = wide_product.kept_backward(down, both, dr_ND, keeps, scale_N)
+  dboth, sums_PN = added_product.kept_backward(
+    down, both, dr_ND, keeps, scale_N
+  )
   expected = scale_N[:, None] * jnp.concatenate([du, dv], 1)
   assert distance(dboth, expected) < 3e-3
   assert sums_PN.shape == (HIDDEN // 64, ROWS)
@@ -130,11 +137,11 @@ def test_product_and_terms(scaled, sets):
   )
   # Two tiles of one block: terms come where the last results lay.
   one = plan(blocks=1)
-  tiles = wide_product.Tiles(columns=64, stages=2, ahead=True, sets=sets)
-  found, sums_PN = wide_product.added(
+  tiles = hopper.Tiles(columns=64, stages=2, ahead=True, sets=sets)
+  found, sums_PN = added_product.added(
     a_NK, down, terms, tiles, one, squares=True
   )
-  (alone,) = wide_product.added(a_NK, down, terms, tiles, one)
+  (alone,) = added_product.added(a_NK, down, terms, tiles, one)
   assert (alone == found).all()
   expected = a_NK.astype(jnp.float32) @ down.astype(jnp.float32)
   for x, scale in terms:
@@ -144,8 +151,8 @@ def test_product_and_terms(scaled, sets):
 
 
 def test_only_whole_tiles_fit():
-  whole = wide_product.Plan()
-  assert wide_product.fits(81 * 768, 512, 1536, whole)
-  assert wide_product.fits(97 * 768, 512, 1536, whole)
-  assert not wide_product.fits(81, 512, 1536, whole)
-  assert not wide_product.fits(81 * 768, 48, 1536, whole)
+  whole = hopper.Plan()
+  assert gated_product.fits(81 * 768, 512, 1536, whole)
+  assert gated_product.fits(97 * 768, 512, 1536, whole)
+  assert not gated_product.fits(81, 512, 1536, whole)
+  assert not gated_product.fits(81 * 768, 48, 1536, whole)

@@ -1,5 +1,6 @@
 """A GPU that is not there, to what chooses programs by the device."""
 
+import sys
 import types
 
 import jax
@@ -13,3 +14,8 @@ def pretend(monkeypatch, capability):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   monkeypatch.setattr(jax, 'devices', lambda: [gpu])
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
+
+
+def without_triton(monkeypatch):
+  """A JAX whose Pallas has lost the backend of most kernels."""
+  monkeypatch.setitem(sys.modules, 'jax.experimental.pallas.triton', None)

@@ -14,6 +14,7 @@ from recursive_weights.models import trm_cells
 from recursive_weights.models.layers import trm_block
 from recursive_weights.recursion import latent
 from recursive_weights.recursion.unroll import unroll
+from recursive_weights.scans import kernels
 
 CELLS = ('mixer', 'attention', 'symmetric')
 
@@ -211,8 +212,11 @@ def make(
 def _halves(fused):
   if isinstance(fused, trm_block.Halves):
     return fused
-  if fused is False or (fused is None and jax.default_backend() != 'gpu'):
+  there = jax.default_backend() == 'gpu' and kernels.has_triton()
+  if fused is False or (fused is None and not there):
     return trm_block.Halves()
+  if fused:
+    kernels.check_triton()
   # Kernels are imported where they are used.
   from recursive_weights.models.kernels import halves
 

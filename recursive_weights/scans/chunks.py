@@ -164,11 +164,16 @@ def resolve(algorithm: str, given: Inputs) -> str:
   With values of bfloat16: products of float32 do not run on matrix units, and
   kernels keep states between chunks in the dtype of the values, where float16
   overflows.
+
+  Raises:
+    UserError: 'fused' with a JAX from which kernels cannot be imported.
   """
-  if algorithm != 'auto':
-    return algorithm
   from recursive_weights.scans import kernels
 
+  if algorithm == 'fused':
+    kernels.check_triton()
+  if algorithm != 'auto':
+    return algorithm
   if not kernels.on_one_gpu():
     return 'chunked'
   from recursive_weights.scans.kernels import matrix_state

@@ -11,7 +11,7 @@ import pytest
 
 from recursive_weights.interfaces import UserError
 from recursive_weights.scans import chunks, delta_rule, linear_attention
-from tests.pretended_gpu import pretend
+from tests.pretended_gpu import pretend, without_triton
 
 B, T, H, K, V = 2, 37, 2, 16, 32
 RULES = {
@@ -222,6 +222,18 @@ def test_a_gpu_that_cannot_run_kernels_runs_the_plain_form(
   found = linear_attention.scan(*args, algorithm='auto')
   chex.assert_trees_all_equal(found, expected)
   with pytest.raises(UserError, match=r'8\.0 or more, got Some GPU'):
+    linear_attention.scan(*args, algorithm='fused')
+
+
+def test_a_jax_without_the_kernels_backend_runs_the_plain_form(monkeypatch):
+  args = [jnp.ones((1, 4, 1, 16), jnp.bfloat16)] * 3
+  args.append(jnp.zeros((1, 4, 1)))
+  expected = linear_attention.scan(*args, algorithm='chunked')
+  pretend(monkeypatch, '9.0')
+  without_triton(monkeypatch)
+  found = linear_attention.scan(*args, algorithm='auto')
+  chex.assert_trees_all_equal(found, expected)
+  with pytest.raises(UserError, match='Triton backend of Pallas'):
     linear_attention.scan(*args, algorithm='fused')
 
 

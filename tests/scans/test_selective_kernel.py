@@ -11,7 +11,7 @@ import pytest
 from recursive_weights.interfaces import UserError
 from recursive_weights.scans import selective
 from recursive_weights.scans.kernels import selective as kernel
-from tests.pretended_gpu import pretend
+from tests.pretended_gpu import pretend, without_triton
 
 B, T, D, N, CHUNK = 2, 21, 48, 4, 8  # three blocks of channels, three chunks
 MEANS = {'open': 0.0, 'tame': -0.05, 'violent': -80.0, 'shut': -1e4}
@@ -151,6 +151,11 @@ def test_what_auto_runs_on_a_gpu(form, monkeypatch):
   pretend(monkeypatch, '7.5')
   assert not runs_kernel()
   with pytest.raises(UserError, match=r'8\.0 or more, got Some GPU'):
+    runs_kernel(algorithm='fused')
+  pretend(monkeypatch, '9.0')
+  without_triton(monkeypatch)
+  assert not runs_kernel()
+  with pytest.raises(UserError, match='Triton backend of Pallas'):
     runs_kernel(algorithm='fused')
 
 

@@ -1,5 +1,7 @@
 """Scans as GPU kernels: the same signature as the plain form, its reference."""
 
+import importlib.util
+
 import jax
 from jax.sharding import AxisType
 
@@ -18,9 +20,30 @@ def generation() -> int:
   return int(major) if major.isdigit() else 0
 
 
+def has_triton() -> bool:
+  """Whether this JAX has the backend of most kernels, which is to be removed.
+
+  jax 0.11 says so; without it plain forms run.
+  """
+  return importlib.util.find_spec('jax.experimental.pallas.triton') is not None
+
+
 def on_one_gpu() -> bool:
   """Whether what is traced runs by itself on a GPU that can run kernels."""
-  return generation() >= AMPERE and on_one_device()
+  return generation() >= AMPERE and on_one_device() and has_triton()
+
+
+def check_triton() -> None:
+  """Refuses a JAX from which kernels cannot be imported.
+
+  Raises:
+    UserError: it does not have their backend.
+  """
+  if not has_triton():
+    raise UserError(
+      f'kernels need the Triton backend of Pallas, which jax {jax.__version__} '
+      "does not have: leave 'fused' out, or install jax 0.11"
+    )
 
 
 def check_gpu() -> None:

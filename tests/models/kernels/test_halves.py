@@ -9,7 +9,7 @@ from recursive_weights import interfaces
 from recursive_weights.models import trm
 from recursive_weights.models.kernels import halves
 from recursive_weights.models.layers import symmetric_block, trm_block
-from tests.pretended_gpu import pretend
+from tests.pretended_gpu import pretend, without_triton
 
 
 @pytest.mark.parametrize('kind', ['mixer', 'attention'])
@@ -145,6 +145,27 @@ def test_kernels_that_a_gpu_cannot_run_are_refused(monkeypatch):
   pretend(monkeypatch, '7.5')
   with pytest.raises(interfaces.UserError, match='got Some GPU'):
     halves.make(True)
+
+
+def test_a_jax_without_the_kernels_backend_runs_the_plain_halves(monkeypatch):
+  spec = interfaces.Spec(
+    inputs=jax.ShapeDtypeStruct((16,), jnp.int32),
+    answer=(16,),
+    classes=4,
+    sizes={},
+  )
+  options = {'width': 32, 'cycles': 1, 'inner': 1, 'layers': 1, 'steps': 1}
+  inputs_BT = jnp.zeros((1, 16), jnp.int32)
+  model = trm.make(spec, **options)
+  params = model.init(jax.random.key(0), inputs_BT)
+  expected, _ = model.apply(params, model.carry(params, 1), inputs_BT)
+  pretend(monkeypatch, '9.0')
+  without_triton(monkeypatch)
+  model = trm.make(spec, **options)
+  found, _ = model.apply(params, model.carry(params, 1), inputs_BT)
+  chex.assert_trees_all_equal(found, expected)
+  with pytest.raises(interfaces.UserError, match='Triton backend of Pallas'):
+    trm.make(spec, fused=True)
 
 
 def test_without_a_gpu_halves_are_plain():

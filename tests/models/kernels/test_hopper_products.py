@@ -150,6 +150,17 @@ def test_product_and_terms(scaled, sets):
   chex.assert_trees_all_close(sums_PN.sum(0), (expected**2).sum(1), rtol=1e-3)
 
 
+def test_fewer_tiles_than_blocks_and_fewer_steps_than_stages():
+  (_, _, down), a_ND, _ = arrays()
+  a_NK, w_KD, x_ND = a_ND[:, :64], down[:64, :64], a_ND[:, 64:]
+  tiles = hopper.Tiles(columns=64, stages=5, ahead=True, sets=1)
+  (found,) = added_product.added(
+    a_NK, w_KD, ((x_ND, None),), tiles, plan(blocks=3)
+  )
+  expected = a_NK.astype(jnp.float32) @ w_KD.astype(jnp.float32)
+  assert distance(found, expected + x_ND.astype(jnp.float32)) < 3e-3
+
+
 def test_only_whole_tiles_fit():
   whole = hopper.Plan()
   assert gated_product.fits(81 * 768, 512, 1536, whole)

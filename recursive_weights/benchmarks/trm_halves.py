@@ -34,6 +34,9 @@ from recursive_weights.models.layers import symmetric_block, trm_block
 # What the constraint half pools over, whole and in a block that mixes tokens.
 FAMILIES = {'constraint': tuple(symmetric_block.FAMILIES), 'cell': ('cell',)}
 
+# Not deferred: what the other tiles of a channel half are for.
+MADE_AGAIN = {'wide': {'defer': False}}
+
 # Tiles worth a measurement, as changes to the defaults. Forward and backward
 # settings are independent, so one entry tries one of each.
 SETTINGS: dict[str, list[dict]] = {
@@ -50,17 +53,17 @@ SETTINGS: dict[str, list[dict]] = {
   ],
   'channel': [
     {'wide': None},
-    {'down': False},
-    {'down': True},
-    {'wide': {'defer': False}},
-    {'down': False, 'norm_rows': 32, 'norm_warps': 8},
-    {'norm_rows': 4},
-    {'norm_rows': 16},
+    {**MADE_AGAIN, 'down': False},
+    {**MADE_AGAIN, 'down': True},
+    MADE_AGAIN,
+    {**MADE_AGAIN, 'down': False, 'norm_rows': 32, 'norm_warps': 8},
+    {**MADE_AGAIN, 'norm_rows': 4},
+    {**MADE_AGAIN, 'norm_rows': 16},
     {'wide': {'defer': False, 'backward': {'ahead': True}}},
     {'wide': {'gated': {'ahead': True}}},
     {'wide': {'joined': {'stages': 4}}},
     {'wide': {'kept': {'columns': 128, 'stages': 3}}},
-    {'down': True, 'down_width': 32, 'down_stages': 4},
+    {**MADE_AGAIN, 'down': True, 'down_width': 32, 'down_stages': 4},
   ],
   'attention': [
     {'back_heads': 1},

@@ -116,6 +116,8 @@ def _product(
     row.
   """
   (total, inner), width = a_NK.shape, w_KD.shape[1]
+  if not hopper.whole(tiles, total, inner, width):
+    raise ValueError(f'{a_NK.shape} by {w_KD.shape} are not whole {tiles}')
   grid = total // tiles.rows, width // tiles.columns
   steps = inner // tiles.width
   given = [scale for scale in scales if scale is not None]

@@ -36,12 +36,16 @@ from recursive_weights.models.kernels import (
 # From this width on a product costs more than its result's way through memory
 # (on an H200 reading 8 bytes against 4 D operations, at some 4 TB/s and 600
 # TFLOP/s: D > 300), so gate and up are kept rather than made again. Timed at
-# 512 alone.
+# 512 alone; another reason than that of `channel_half.WIDE`.
 WIDE = 384
 
 
 class Deferred(NamedTuple):
-  """The array `scale[..., None] * value`, `[..., D]`."""
+  """A normed array `scale[..., None] * value`, `[..., D]`, not made yet.
+
+  To be read by `settle` and the halves here alone: their gradient of `value`
+  has that by way of the scale in it, and none is passed through `scale`.
+  """
 
   value: Array
   scale: Array
@@ -60,7 +64,7 @@ def settle(x: Array | Deferred) -> Array:
 
 
 def fits(x: Array | Deferred, inner: int, plan: hopper.Plan) -> bool:
-  """Whether halves with `inner` units are faster so, in whole tiles."""
+  """Whether halves with `inner` units are to run so, in whole tiles."""
   value = value_of(x)
   width = value.shape[-1]
   rows = value.size // width

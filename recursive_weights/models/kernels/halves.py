@@ -35,7 +35,12 @@ def make(
       over several devices keeps the plain halves, which it knows how to split.
     token, channel, over, constraint, cell: tiles of the kernels, `over` of
       attention, `cell` of a constraint half whose only family is 'cell'.
+      `channel.wide` is also the plan of attention's products.
     interpret: run the kernels without a GPU, slowly; None: where there is none.
+
+  Returns:
+    Programs of which wide ones may hand on a `deferred_norm.Deferred`: the last
+    block's result goes through `settle`.
 
   Raises:
     ValueError: when run with `fused=True`, on sizes that do not fit.

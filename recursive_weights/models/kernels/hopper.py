@@ -21,8 +21,8 @@ class Tiles(NamedTuple):
 
   rows, columns: of a block's tile. width: of a step of the contraction, of
   which `stages` are fetched ahead. ahead: a step's products are waited for
-  after the next step's are under way. sets: of memory for what is added to
-  products, so many tiles' at a time.
+  after the next step's are under way (then two stages at least). sets: of
+  memory for what is added to products, one or two tiles' at a time.
   """
 
   rows: int = 128
@@ -59,7 +59,16 @@ def available() -> bool:
 
 
 def whole(tiles: Tiles, rows: int, inner: int, columns: int) -> bool:
-  """Whether the sizes of a product are whole tiles."""
+  """Whether the sizes of a product are whole tiles.
+
+  Raises:
+    ValueError: tiles by which groups would wait for each other for ever.
+  """
+  if tiles.stages < (2 if tiles.ahead else 1) or tiles.sets not in (1, 2):
+    raise ValueError(
+      'stages must be > 0, > 1 with ahead, and sets 1 or 2 (each group sees '
+      f'when its own is ready), got {tiles}'
+    )
   return (
     rows % tiles.rows == 0
     and inner % tiles.width == 0

@@ -216,7 +216,8 @@ def apply(
     params: from `init`.
     x: the state, `[T, B, D]` of a mixer, `[B, T, D]` of attention.
     heads, turn: see `attention_half`; a mixer has no use for them.
-    halves: the programs to run.
+    halves: the programs to run; what comes out is a state once it has passed
+      `halves.settle`.
   """
   if 'attention' in params:
     x = halves.attention(params['attention'], x, heads=heads, turn=turn)

@@ -96,6 +96,23 @@ def test_a_half_hands_on_what_the_next_one_takes():
   assert jnp.allclose(second, trm_block.channel_half(odd, plain), **near)
 
 
+@pytest.mark.parametrize('half', ['token', 'constraint'])
+def test_halves_that_norm_themselves_take_what_is_deferred(half, monkeypatch):
+  def seen(params, x, **options):
+    return x
+
+  for module in ('token_half', 'cell_half', 'constraint_half'):
+    monkeypatch.setattr(getattr(halves, module), 'apply', seen)
+  value = jax.random.normal(jax.random.key(0), (4, 2, 4, 32))
+  x = deferred_norm.Deferred(value, jnp.full((4, 2, 4), 0.5))
+  options = {'families': ('cell',), 'box': (2, 2), 'pool': 'both'}
+  weights = {'gate': jnp.zeros((32, 16))}
+  if half == 'token':
+    options, weights = {}, {'gate': jnp.zeros((4, 16))}
+  found = getattr(simulated(), half)(weights, x, **options)
+  assert jnp.allclose(found, 0.5 * value)
+
+
 def test_settling_has_the_gradient_of_the_norm():
   r_ND, g_ND = jax.random.normal(jax.random.key(0), (2, 24, 48))
 

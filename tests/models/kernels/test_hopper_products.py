@@ -150,15 +150,27 @@ def test_product_and_terms(scaled, sets):
   chex.assert_trees_all_close(sums_PN.sum(0), (expected**2).sum(1), rtol=1e-3)
 
 
-def test_fewer_tiles_than_blocks_and_fewer_steps_than_stages():
+@pytest.mark.parametrize('sets', [1, 2])
+@pytest.mark.parametrize('count, blocks', [(1, 3), (5, 1)])
+def test_fewer_steps_than_stages(count, blocks, sets):
+  # Fewer tiles than blocks, and tiles that are all on their way at once.
   (_, _, down), a_ND, _ = arrays()
+  a_ND = jnp.concatenate([a_ND] * count)
   a_NK, w_KD, x_ND = a_ND[:, :64], down[:64, :64], a_ND[:, 64:]
-  tiles = hopper.Tiles(columns=64, stages=5, ahead=True, sets=1)
+  tiles = hopper.Tiles(columns=64, stages=5, ahead=True, sets=sets)
   (found,) = added_product.added(
-    a_NK, w_KD, ((x_ND, None),), tiles, plan(blocks=3)
+    a_NK, w_KD, ((x_ND, None),), tiles, plan(blocks=blocks)
   )
   expected = a_NK.astype(jnp.float32) @ w_KD.astype(jnp.float32)
   assert distance(found, expected + x_ND.astype(jnp.float32)) < 3e-3
+
+
+@pytest.mark.parametrize(
+  'wrong', [{'stages': 1, 'ahead': True}, {'stages': 0}, {'sets': 3}]
+)
+def test_tiles_that_would_wait_for_ever_are_refused(wrong):
+  with pytest.raises(ValueError, match='stages must be > 0'):
+    hopper.whole(hopper.Tiles(**wrong), 128, 64, 128)
 
 
 def test_only_whole_tiles_fit():

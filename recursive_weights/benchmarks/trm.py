@@ -281,7 +281,12 @@ def report(flags) -> None:
     }
     program = halves.make(fused != 'plain', **TILES)
     if fused == 'token':
-      program = program._replace(channel=trm_block.channel_half)
+      settle = program.settle
+      program = program._replace(
+        channel=lambda params, x, settle=settle: trm_block.channel_half(
+          params, settle(x)
+        )
+      )
     model = build(
       cell,
       tokens,

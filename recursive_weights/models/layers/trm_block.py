@@ -192,7 +192,8 @@ class Halves(NamedTuple):
   """The programs of the halves: `(params of the half, state) -> state`.
 
   `constraint` is that of `symmetric_block`, None for its own. Programs may hand
-  on something in the place of a state, of which `settle` makes one.
+  on something in the place of a state, of which `settle` makes one: replace
+  some of them only by programs that take it, or that settle it first.
   """
 
   token: Callable[..., Array] = token_half

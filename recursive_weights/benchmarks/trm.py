@@ -281,12 +281,7 @@ def report(flags) -> None:
     }
     program = halves.make(fused != 'plain', **TILES)
     if fused == 'token':
-      settle = program.settle
-      program = program._replace(
-        channel=lambda params, x, settle=settle: trm_block.channel_half(
-          params, settle(x)
-        )
-      )
+      program = trm_block.Halves(token=program.token)
     model = build(
       cell,
       tokens,

@@ -5,7 +5,8 @@
 prints one JSON line a half and its tiles, plain and fused: forward and forward
 with backward, with random inputs, and how far each is from float32. The halves
 `constraint` and `cell` are of the cell for Sudoku, whose states are `--width`
-wide for each of nine digits.
+wide for each of nine digits. Where a half leaves its norm to the next one, that
+is made after it here, which in a step it is not, and x comes normed.
 """
 
 import argparse
@@ -61,7 +62,7 @@ SETTINGS: dict[str, list[dict]] = {
     {**MADE_AGAIN, 'norm_rows': 16},
     {'wide': {'defer': False, 'backward': {'ahead': True}}},
     {'wide': {'gated': {'ahead': True}}},
-    {'wide': {'joined': {'stages': 4}}},
+    {'wide': {'joined': {'stages': 4}, 'spread': {'stages': 4}}},
     {'wide': {'kept': {'columns': 128, 'stages': 3}}},
     {**MADE_AGAIN, 'down': True, 'down_width': 32, 'down_stages': 4},
   ],

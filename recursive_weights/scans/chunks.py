@@ -150,9 +150,18 @@ def states(
 def choose(
   algorithm: str, chunk: int, length: int, known: tuple[str, ...] = CHOICES
 ) -> int:
-  """The chunk to use for T tokens: no longer than they need."""
+  """The chunk to use for T tokens: no longer than they need.
+
+  Raises:
+    ValueError: an unknown algorithm, or a chunk that is no power of two.
+    UserError: 'fused' with a JAX from which kernels cannot be imported.
+  """
   if algorithm not in known:
     raise ValueError(f'algorithm must be in {known}, got {algorithm!r}')
+  if algorithm == 'fused':
+    from recursive_weights.scans import kernels
+
+    kernels.check_triton()
   if chunk < 2 or chunk & (chunk - 1):
     raise ValueError(f'chunk must be a power of two > 1, got {chunk}')
   return min(chunk, 1 << max(length - 1, 1).bit_length())
@@ -164,16 +173,11 @@ def resolve(algorithm: str, given: Inputs) -> str:
   With values of bfloat16: products of float32 do not run on matrix units, and
   kernels keep states between chunks in the dtype of the values, where float16
   overflows.
-
-  Raises:
-    UserError: 'fused' with a JAX from which kernels cannot be imported.
   """
-  from recursive_weights.scans import kernels
-
-  if algorithm == 'fused':
-    kernels.check_triton()
   if algorithm != 'auto':
     return algorithm
+  from recursive_weights.scans import kernels
+
   if not kernels.on_one_gpu():
     return 'chunked'
   from recursive_weights.scans.kernels import matrix_state

@@ -157,18 +157,13 @@ def resolve(algorithm: str, dtype, width: int, entries: int) -> str:
   With values of float16 and float32 too, unlike a matrix state's: the kernel
   has no products for matrix units and all its arithmetic is in float32. Not
   with float64, as there.
-
-  Raises:
-    UserError: 'fused' with a JAX from which kernels cannot be imported.
   """
-  from recursive_weights.scans import kernels
-
-  if algorithm == 'fused':
-    kernels.check_triton()
   if algorithm != 'auto':
     return algorithm
   if jax.default_backend() == 'cpu':
     return 'recurrent'
+  from recursive_weights.scans import kernels
+
   if dtype == jnp.float64 or not kernels.on_one_gpu():
     return 'chunked'
   from recursive_weights.scans.kernels import selective

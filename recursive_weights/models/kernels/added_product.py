@@ -56,7 +56,7 @@ class _Terms(NamedTuple):
       at = pl.ds(row, rows), pl.ds(column, columns)
       plgpu.copy_gmem_to_smem(gmem.at[at], self.memory.at[which, term], ready)
 
-  def settle(self, mine):
+  def drain(self, mine):
     """Waits until the last of `mine` tiles are out."""
 
     def body(number, carry):
@@ -114,11 +114,12 @@ def _product(
   Returns:
     The results side by side `[N, results D]`, and sums `[P, N]` of P tiles a
     row.
+
+  Raises:
+    ValueError: sizes that are not whole tiles.
   """
   (total, inner), width = a_NK.shape, w_KD.shape[1]
-  if not hopper.whole(tiles, total, inner, width):
-    raise ValueError(f'{a_NK.shape} by {w_KD.shape} are not whole {tiles}')
-  grid = total // tiles.rows, width // tiles.columns
+  grid = hopper.grid_of(tiles, total, inner, width)
   steps = inner // tiles.width
   given = [scale for scale in scales if scale is not None]
 
@@ -170,7 +171,7 @@ def _product(
         shape = tiles.rows, tiles.columns
         pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
 
-      loop.run(fetch, tile, held.settle)
+      loop.run(fetch, tile, held.drain)
 
     pl.run_scoped(
       scoped,
@@ -200,8 +201,11 @@ def kept_backward(
 ) -> tuple[Array, ...]:
   """Gradients `[N, 2F]` of gate and up, from the products that `gated` kept.
 
-  With a scale, rows of them are times it, and there are sums `[P, N]`, over P
-  parts of a row, of gate times its gradient (which is not).
+  With a scale s these are s du and s dv, and there are sums `[P, N]` of u du
+  over P parts of a row, u being gate.
+
+  Raises:
+    ValueError: sizes that are not whole tiles.
   """
 
   def finish(dh, terms, scales):
@@ -235,6 +239,9 @@ def added(
   """`a w + sum_i s_i x_i` `[N, D]` of terms `(x [N, D], s [N])`, s = None one.
 
   If `squares`, also sums `[P, N]` of its squares, over P parts of a row.
+
+  Raises:
+    ValueError: sizes that are not whole tiles.
   """
 
   def finish(product, found, scales):

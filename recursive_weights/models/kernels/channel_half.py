@@ -36,9 +36,9 @@ class Tiles(NamedTuple):
   of the backward pass; `down_*`: of the down projection, whose tile has all
   columns. down: whether that is a kernel too, else `norm_*` are of the residual
   and the norm alone; None: where the width is less than `WIDE`. `norm_*` are
-  also of the norm's backward pass, but not of deferred norms. wide: the plan of
-  the kernels for Hopper GPUs, which take the place of these in 16-bit types
-  where sizes are whole tiles of theirs; None for never.
+  also of the norm's backward pass. wide: the plan of the kernels for Hopper
+  GPUs, which take the place of these in 16-bit types where sizes are whole
+  tiles of theirs, of all where norms are deferred; None for never.
   """
 
   rows: int = 128

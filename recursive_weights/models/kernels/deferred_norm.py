@@ -56,11 +56,11 @@ def value_of(x: Array | Deferred) -> Array:
   return x.value if isinstance(x, Deferred) else x
 
 
-def settle(x: Array | Deferred) -> Array:
-  """The array that is meant."""
+def settle(x: Array | Deferred, *, interpret: bool = False) -> Array:
+  """The array that is meant; `interpret`: its gradient without a GPU."""
   if not isinstance(x, Deferred):
     return x
-  return _settled(*_rows(x)).reshape(x.value.shape)
+  return _settled(*_rows(x), interpret).reshape(x.value.shape)
 
 
 def fits(x: Array | Deferred, inner: int, plan: hopper.Plan) -> bool:
@@ -97,6 +97,9 @@ def attention_half(
     x_BTD: the state.
     plan: of the products; sizes must fit it.
     interpret: run what is not of the plan without a GPU, slowly.
+
+  Raises:
+    ValueError: sizes that do not fit.
   """
   x_ND, scale_N = _rows(x_BTD)
   batch, half = value_of(x_BTD).shape[0], x_ND.shape[1] // heads // 2
@@ -119,6 +122,9 @@ def channel_half(
     params: see `channel_half.apply`.
     x_TBD: the state; any axes may stand before D.
     plan: of the products; sizes must fit it.
+
+  Raises:
+    ValueError: sizes that do not fit.
   """
   return _like(x_TBD, *_mix(dict(params), *_rows(x_TBD), plan))
 
@@ -139,23 +145,23 @@ def _like(x, value_ND, scale_N):
 # is asked for of the scale, and what is found for it is zero.
 
 
-@jax.custom_vjp
-def _settled(r_ND, scale_N):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _settled(r_ND, scale_N, interpret):
   return (r_ND.astype(jnp.float32) * scale_N[:, None]).astype(r_ND.dtype)
 
 
-def _settled_forward(r_ND, scale_N):
-  return _settled(r_ND, scale_N), (r_ND, scale_N)
+def _settled_forward(r_ND, scale_N, interpret):
+  return _settled(r_ND, scale_N, interpret), (r_ND, scale_N)
 
 
-def _settled_backward(saved, g_ND):
+def _settled_backward(interpret, saved, g_ND):
   r_ND, scale_N = saved
   dr_ND = row_norm.backward(
     r_ND,
     g_ND,
     value_scale_N=scale_N,
     gradient_scale_N=scale_N,
-    interpret=jax.default_backend() != 'gpu',
+    interpret=interpret,
   )
   return dr_ND, jnp.zeros_like(scale_N)
 

@@ -36,11 +36,14 @@ def gated(
   """`silu(x gate) * (x up)` `[N, F]`, and if `keep` both products `[N, 2F]`.
 
   Rows of x are taken times their scale.
+
+  Raises:
+    ValueError: sizes that are not whole tiles.
   """
   tiles = plan.gated
   (total, width), hidden = x_ND.shape, gate_DF.shape[1]
   dtype, half = x_ND.dtype, tiles.rows // 2
-  grid = total // tiles.rows, hidden // tiles.columns
+  grid = hopper.grid_of(tiles, total, width, hidden)
 
   def block(x_gmem, pair_gmem, *refs):
     refs = list(refs)
@@ -117,11 +120,18 @@ def gated_backward(
   dr_ND: Array,
   plan: hopper.Plan,
 ) -> tuple[Array, Array]:
-  """Gradients `[N, 2F]` of gate and up, and the hidden units `[N, F]` again."""
+  """Gradients `[N, 2F]` of gate and up, and the hidden units `[N, F]` again.
+
+  Of h = silu(u) v, u = x gate, v = x up, dh = dr down^T: see
+  `tiling.swiglu_backward`.
+
+  Raises:
+    ValueError: sizes that are not whole tiles.
+  """
   tiles = plan.backward
   (total, width), hidden = x_ND.shape, gate_DF.shape[1]
   dtype, half = x_ND.dtype, tiles.rows // 2
-  grid = total // tiles.rows, hidden // tiles.columns
+  grid = hopper.grid_of(tiles, total, width, hidden)
   steps = width // tiles.width
 
   def block(x_gmem, dr_gmem, gate_gmem, up_gmem, down_gmem, both_gmem, h_gmem):

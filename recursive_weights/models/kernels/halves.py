@@ -1,5 +1,7 @@
 """Fused halves of a block in the place of the plain ones."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -43,7 +45,8 @@ def make(
     block's result goes through `settle`.
 
   Raises:
-    ValueError: when run with `fused=True`, on sizes that do not fit.
+    ValueError: when run: with `fused=True` on sizes that do not fit; with tiles
+      by which a kernel would wait for ever.
     UserError: `fused=True` on a GPU that cannot run kernels.
   """
   if fused is False:
@@ -60,6 +63,7 @@ def make(
     return fused or (fits and narrow and on_one_hopper())
 
   wide = (channel or channel_half.Tiles()).wide
+  settle = functools.partial(deferred_norm.settle, interpret=simulated)
 
   def defers(x, inner):
     """Whether a half leaves its norm to those who read it."""
@@ -72,7 +76,7 @@ def make(
     return deferred_norm.fits(x, inner, wide)
 
   def token_program(params, x_TBD):
-    x_TBD = deferred_norm.settle(x_TBD)
+    x_TBD = settle(x_TBD)
     tokens, hidden = params['gate'].shape
     fits = token_half.fits(tokens, x_TBD.size // tokens, hidden)
     if use(fits, x_TBD):
@@ -82,7 +86,7 @@ def make(
   def channel_program(params, x_TBD):
     if defers(x_TBD, params['gate'].shape[1]):
       return deferred_norm.channel_half(params, x_TBD, plan=wide)
-    x_TBD = deferred_norm.settle(x_TBD)
+    x_TBD = settle(x_TBD)
     if use(channel_half.fits(*params['gate'].shape), x_TBD):
       options = {'tiles': channel, 'interpret': interpret}
       return channel_half.apply(params, x_TBD, **options)
@@ -96,14 +100,14 @@ def make(
     if fits and defers(x_BTD, width):
       options |= {'tiles': over, 'plan': wide, 'interpret': simulated}
       return deferred_norm.attention_half(params, x_BTD, **options)
-    x_BTD = deferred_norm.settle(x_BTD)
+    x_BTD = settle(x_BTD)
     if use(fits, x_BTD):
       program = attention.apply
       options |= {'tiles': over, 'out_tiles': channel, 'interpret': interpret}
     return program(params, x_BTD, **options)
 
   def constraint_program(params, x_TBVD, *, families, box, pool):
-    x_TBVD = deferred_norm.settle(x_TBVD)
+    x_TBVD = settle(x_TBVD)
     options = {'families': families, 'box': box, 'pool': pool}
     width, hidden = params['gate'].shape
     by_cell = cell_half.fits(width, hidden, families, pool)
@@ -122,7 +126,7 @@ def make(
     channel_program,
     attention_program,
     constraint_program,
-    deferred_norm.settle,
+    settle,
   )
 
 

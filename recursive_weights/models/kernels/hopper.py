@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """Tiles of the kernels, each as fast as any that was tried on an H200.
+  """Tiles of the kernels, as fast as any tried on an H200 at width 512.
 
   gated: of the gated unit. backward: of its backward pass. kept, joined,
   spread: of `kernels.deferred_norm`, the backward pass of a unit whose products
@@ -70,10 +70,22 @@ def whole(tiles: Tiles, rows: int, inner: int, columns: int) -> bool:
       f'when its own is ready), got {tiles}'
     )
   return (
-    rows % tiles.rows == 0
+    rows > 0
+    and rows % tiles.rows == 0
     and inner % tiles.width == 0
     and columns % tiles.columns == 0
   )
+
+
+def grid_of(tiles: Tiles, rows: int, inner: int, columns: int):
+  """Tiles of a product `[rows, inner] [inner, columns]`, along both axes.
+
+  Raises:
+    ValueError: its sizes are not whole tiles.
+  """
+  if not whole(tiles, rows, inner, columns):
+    raise ValueError(f'{(rows, inner, columns)} are not whole {tiles}')
+  return rows // tiles.rows, columns // tiles.columns
 
 
 def memory(rows, columns, dtype, *slots):
@@ -87,6 +99,7 @@ def memory(rows, columns, dtype, *slots):
 
 
 def launch(block, out_type, plan, *args):
+  """`block(*refs of args, *refs of results)` in three groups of threads."""
   blocks = plan.blocks or getattr(jax.devices()[0], 'core_count', 132)
   return plgpu.kernel(
     block,
@@ -124,9 +137,17 @@ class Loop(NamedTuple):
     return row, jax.lax.rem(index, self.grid[1]) * self.tiles.columns
 
   def run(
-    self, fetch: Callable, tile: Callable, settle: Callable = lambda mine: None
+    self, fetch: Callable, tile: Callable, drain: Callable = lambda mine: None
   ) -> None:
-    """`fetch(number, step, slot, full)` and `tile(number)`, all of a block."""
+    """All tiles of a block.
+
+    Args:
+      fetch: `(number, step, slot, full)`: starts the copies into a slot, which
+        arrive at the barrier `full`.
+      tile: `(number)`: makes a tile, by `contract`.
+      drain: `(mine)`: waits, when all `mine` tiles are fetched, for what their
+        ends still hold.
+    """
     blocks, block = jax.lax.axis_size('block'), jax.lax.axis_index('block')
     total = self.grid[0] * self.grid[1]
     mine = jax.lax.div(total - block + blocks - 1, blocks)
@@ -151,7 +172,7 @@ class Loop(NamedTuple):
       count = mine * self.steps
       jax.lax.fori_loop(0, count, body, 0)
 
-      settle(mine)
+      drain(mine)
 
       def leave(step, carry):
         plgpu.barrier_wait(self.empty.at[jax.lax.rem(step, self.tiles.stages)])
@@ -178,7 +199,13 @@ class Loop(NamedTuple):
     return self.full.at[slot + group * self.tiles.stages * self.alone]
 
   def contract(self, number, issue, products):
-    """`issue(slot)` for all steps of a tile, as what they need comes in."""
+    """All steps of a tile, as what they need comes in.
+
+    Args:
+      number: the tile's, of the block.
+      issue: `(slot)`: starts the products of a step.
+      products: how many it starts.
+    """
     stages, group = self.tiles.stages, jax.lax.axis_index('group')
 
     def body(step, carry):
@@ -207,6 +234,7 @@ class Loop(NamedTuple):
 
 
 def barriers(stages, copies, alone=False):
+  """Of slots: `full` once `copies` are in, `empty` once all have read."""
   fulls = 2 * stages if alone else stages
   return {
     'full': plgpu.Barrier(num_arrivals=copies, num_barriers=fulls),

@@ -1,6 +1,7 @@
 """Scans as GPU kernels: the same signature as the plain form, its reference."""
 
 import importlib.util
+import logging
 
 import jax
 from jax.sharding import AxisType
@@ -8,6 +9,7 @@ from jax.sharding import AxisType
 from recursive_weights.interfaces import UserError
 
 AMPERE, HOPPER = 8, 9
+_log = logging.getLogger(__name__)
 
 
 def generation() -> int:
@@ -23,9 +25,16 @@ def generation() -> int:
 def has_triton() -> bool:
   """Whether this JAX has the backend of most kernels, which is to be removed.
 
-  jax 0.11 says so; without it plain forms run.
+  jax 0.11 says so; without it plain forms run, which a GPU's owner is told.
   """
-  return importlib.util.find_spec('jax.experimental.pallas.triton') is not None
+  found = importlib.util.find_spec('jax.experimental.pallas.triton') is not None
+  if not found and generation() >= AMPERE:
+    _log.warning(
+      'jax %s has no Triton backend of Pallas: slower plain forms run in the '
+      'place of GPU kernels',
+      jax.__version__,
+    )
+  return found
 
 
 def on_one_gpu() -> bool:

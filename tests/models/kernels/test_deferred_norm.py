@@ -13,6 +13,7 @@ from recursive_weights.models.kernels import (
   hopper,
 )
 from recursive_weights.models.layers import trm_block
+from tests.pretended_gpu import pretend
 
 params = pytest.importorskip('jax._src.pallas.mosaic_gpu.interpret.params')
 
@@ -113,12 +114,79 @@ def test_halves_that_norm_themselves_take_what_is_deferred(half, monkeypatch):
   assert jnp.allclose(found, 0.5 * value)
 
 
+@pytest.mark.parametrize('half', ['attention', 'channel'])
+def test_a_half_of_what_is_deferred_has_the_gradient_through_its_norm(half):
+  # A scale of a fifth, so that no power of it stands for another one.
+  (block,), r, g = case('attention', 1)
+  programs, options = (
+    simulated(),
+    {'heads': HEADS} if half == 'attention' else {},
+  )
+
+  def deferred(params, r):
+    scale = jax.lax.rsqrt((r.astype(jnp.float32) ** 2).mean(-1) + 1e-5)
+    x = deferred_norm.Deferred(r, scale)
+    return programs.settle(getattr(programs, half)(params, x, **options))
+
+  def plain(params, r):
+    program = getattr(trm_block, f'{half}_half')
+    return program(params, trm_block.rms(r), **options)
+
+  kernel_laws.check_as_far_from_float32_as_plain(
+    deferred, plain, (block[half], 5 * r, g)
+  )
+
+
+@pytest.mark.parametrize('turns', [False, True])
+def test_attention_scales_rows_that_exist(turns):
+  tokens, half, rows = 17, 16, 3 * 17
+  plan = attention.Plan(3, 2, attention.Tiles(back_heads=2), True)
+  turn = trm_block.rotation(tokens, 2 * half) if turns else None
+  tables = attention.tables(turn, half, jnp.float32)
+  qkv_NE = jax.random.normal(jax.random.key(0), (rows, 12 * half))
+  g_ND = jax.random.normal(jax.random.key(1), (rows, 4 * half))
+  scale_N = jnp.linspace(0.2, 3, rows)
+  scaled_NE = scale_N[:, None] * qkv_NE
+  near = {'rtol': 1e-5, 'atol': 1e-5}
+  found = attention.forward(qkv_NE, tables, plan, scale_N)
+  assert jnp.allclose(found, attention.forward(scaled_NE, tables, plan), **near)
+  found = attention.backward(qkv_NE, tables, g_ND, plan, scale_N)
+  expected = attention.backward(scaled_NE, tables, g_ND, plan)
+  assert jnp.allclose(found, scale_N[:, None] * expected, **near)
+
+
+@pytest.mark.parametrize(
+  'capability, dtype, rows, deferred',
+  [
+    ('9.0', 'bfloat16', 128, True),
+    ('9.0', 'float16', 128, False),
+    ('9.0', 'float32', 128, False),
+    ('9.0', 'bfloat16', 96, False),
+    ('8.0', 'bfloat16', 128, False),
+  ],
+)
+def test_what_is_deferred_by_default(
+  capability, dtype, rows, deferred, monkeypatch
+):
+  def other(*_, **options):
+    return False
+
+  pretend(monkeypatch, capability)
+  monkeypatch.setattr(deferred_norm, 'channel_half', lambda *_, **options: True)
+  monkeypatch.setattr(channel_half, 'apply', other)
+  monkeypatch.setattr(trm_block, 'channel_half', other)
+  weights = {'gate': jnp.zeros((512, 1536))}
+  x = jnp.zeros((rows, 1, 512), dtype)
+  assert halves.make().channel(weights, x) is deferred
+
+
 def test_settling_has_the_gradient_of_the_norm():
   r_ND, g_ND = jax.random.normal(jax.random.key(0), (2, 24, 48))
 
   def settled(r_ND):
     scale_N = jax.lax.rsqrt((r_ND**2).mean(1) + 1e-5)
-    return deferred_norm.settle(deferred_norm.Deferred(r_ND, scale_N))
+    deferred = deferred_norm.Deferred(r_ND, scale_N)
+    return deferred_norm.settle(deferred, interpret=True)
 
   (found,) = jax.vjp(settled, r_ND)[1](g_ND)
   (expected,) = jax.vjp(trm_block.rms, r_ND)[1](g_ND)

@@ -1,5 +1,7 @@
 """The Hopper kernels, run by the simulator of groups, barriers and copies."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -179,3 +181,46 @@ def test_only_whole_tiles_fit():
   assert gated_product.fits(97 * 768, 512, 1536, whole)
   assert not gated_product.fits(81, 512, 1536, whole)
   assert not gated_product.fits(81 * 768, 48, 1536, whole)
+
+
+def test_sizes_that_are_not_whole_tiles_are_named():
+  (gate, up, _), x_ND, _ = arrays()
+  with pytest.raises(ValueError, match='are not whole'):
+    gated_product.gated(gate, up, x_ND[:-1], plan())
+  assert not hopper.whole(hopper.Tiles(), 0, 64, 128)
+
+
+def test_all_products_lower_for_a_gpu():
+  rows, width, hidden = 97 * 768, 512, 1536
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  x, both = shape((rows, width)), shape((rows, 2 * hidden))
+  up, down = shape((width, hidden)), shape((hidden, width))
+  s = jax.ShapeDtypeStruct((rows,), jnp.float32)
+  default = hopper.Plan(blocks=132)
+
+  def joined(h, w, x, s):
+    terms = ((x, s),)
+    return added_product.added(h, w, terms, default.joined, default, True)
+
+  def spread(d, w, x, s):
+    terms = (x, s), (x, s)
+    return added_product.added(d, w, terms, default.spread, default)
+
+  def gated(gate, up, x, s):
+    return gated_product.gated(gate, up, x, default, True, s)
+
+  def again(gate, up, down, x):
+    return gated_product.gated_backward(gate, up, down, x, x, default)
+
+  def kept(down, both, x, s):
+    return added_product.kept_backward(down, both, x, default, s)
+
+  for program, args in (
+    (joined, (shape((rows, hidden)), down, x, s)),
+    (spread, (both, shape((2 * hidden, width)), x, s)),
+    (gated, (up, up, x, s)),
+    (again, (up, up, down, x)),
+    (kept, (down, both, x, s)),
+  ):
+    traced = jax.jit(program).trace(*args)
+    assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()

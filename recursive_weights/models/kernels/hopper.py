@@ -248,7 +248,11 @@ def scale_of(gmem, first, size, plan):
     return None
   at = gmem.at[pl.ds(first, size)]
   # The simulator lacks the load that a GPU needs here.
-  return at[...] if plan.interpret else plgpu.load(at, (), optimized=False)
+  if plan.interpret:
+    return at[...]
+  # Before jax 0.11 it asks for an index, from then on it refuses one.
+  index = () if jax.__version_info__ >= (0, 11) else ((),)
+  return plgpu.load(at, *index, optimized=False)
 
 
 def scaled(value, scale):

@@ -21,6 +21,7 @@ SUDOKU = [
   'constraints',
   'constraints,kaggle',
   'finish',
+  'mixer,anneal',
   'mixer,finish,vicinity',
   'attention',
   'attention,prefix16',
@@ -205,6 +206,7 @@ def test_what_excludes_each_other_is_refused():
     ('trm_sudoku', 'constraints,finish'),
     ('trm_sudoku', 'attention,finish'),
     ('trm_sudoku', 'published,short'),
+    ('trm_sudoku', 'mixer,anneal,finish'),
     ('trm_sudoku', 'T2n2,layers4'),
     ('trm_mini', 'deep,flat'),
     ('trm_mini', 'attention,symmetric'),
@@ -217,6 +219,8 @@ def test_what_excludes_each_other_is_refused():
   for variant in ('vicinity', 'mixer,vicinity', 'finish,vicinity'):
     with pytest.raises(UserError, match='choose mixer,finish,vicinity'):
       load('trm_sudoku', variant)
+  with pytest.raises(UserError, match='choose mixer or attention'):
+    load('trm_sudoku', 'anneal')
   data = load('trm_sudoku', 'prefix16')  # of the symmetric cell
   with pytest.raises(UserError, match="prefix must be 0 with cell 'symmetric'"):
     build.build(data)

@@ -134,15 +134,11 @@ def pairs(tasks: dict[str, Any], canvas: int, asked: set[str]) -> Pairs:
 
 
 def _grid(rows, where):
-  try:
-    grid = np.array(rows, dtype=np.int64)
-    fine = grid.ndim == 2 and grid.size and (0 <= grid).all()
-    fine = fine and (grid < COLOURS).all()
-  except (TypeError, ValueError):
-    fine = False
-  if not fine:
+  cells = np.array(rows, dtype=object)  # as they are: 1.7 is no colour
+  fine = cells.ndim == 2 and set(map(type, cells.flat)) == {int}
+  if not fine or not ((0 <= cells) & (cells < COLOURS)).all():
     raise UserError(f'{where} must be rows of colours 0 to 9, got {rows!r:.60}')
-  return grid.astype(np.uint8)
+  return cells.astype(np.uint8)
 
 
 def variants(

@@ -272,6 +272,8 @@ def spoil(sets, kind):
     pair['output'] = [[0] * 9] * 3
   elif kind == 'colour':
     pair['output'][0][0] = 10
+  elif kind in ('1.7', 'true', '"1"'):
+    pair['output'][0][0] = json.loads(kind)
   elif kind == 'ragged':
     pair['output'] = [[1, 2], [3]]
   elif kind == 'missing':
@@ -305,6 +307,10 @@ def spoil(sets, kind):
     ),
     ('colour', 'task 00000003, train output 1 must be rows of colours'),
     ('ragged', 'task 00000003, train output 1 must be rows of colours'),
+    *(
+      (kind, 'task 00000003, train output 1 must be rows of colours')
+      for kind in ('1.7', 'true', '"1"')
+    ),
     ('missing', 'task 00000003, train output 1 must be rows of .* got None'),
     (
       'missing test',

@@ -315,7 +315,7 @@ def diagnose(hybrid: list[float], first: list[float], second: list[float]):
   low, high = sorted((first, second), key=mean)
   gain, least = apart(low, hybrid)
   if math.isinf(least):
-    return 'of one seed, which tells no spread'
+    return 'not told apart from its halves: one seed tells no spread'
   if gain > least:
     return 'better than both halves: they work together'
   if gain >= 0 or -gain <= least:
@@ -343,8 +343,10 @@ def scale(found, decisions, questions) -> dict[str, Any]:
   names = list(conditions)
   if BASELINE in found:
     row = found[BASELINE]
-    if all(name in found for name in PURE):
-      gaps = [apart(found[name]['best'], row['best']) for name in PURE]
+    pure = [found[name] for name in PURE if name in found]
+    gaps = [apart(x['best'], row['best']) for x in pure if comparable(x, row)]
+    # One seed tells no spread.
+    if len(gaps) == len(PURE) and all(math.isfinite(x) for _, x in gaps):
       conditions[names[0]] = all(gain > least for gain, least in gaps)
     conditions[names[1]] = mean(row['last']) <= 1.05 * mean(row['best'])
     shares = [x for key, x in row['results'].items() if SHARES.match(key)]
@@ -437,11 +439,20 @@ def answers(decisions) -> str:
 def diagnosis(found) -> str:
   """What the hybrid and its halves tell of each other, as far as known."""
   lines = []
-  if {BASELINE, 'rwkv6', 'mamba2'} <= found.keys():
-    losses = [found[name]['best'] for name in (BASELINE, 'rwkv6', 'mamba2')]
+
+  def known(*names):
+    """Whether all were trained, on the same data and as long."""
+    rows = [found[name] for name in names if name in found]
+    return len(rows) == len(names) and all(
+      comparable(x, rows[0]) for x in rows
+    )
+
+  halves = (BASELINE, 'rwkv6', 'mamba2')
+  if known(*halves):
+    losses = [found[name]['best'] for name in halves]
     lines.append(f'The hybrid is {diagnose(*losses)}.')
   for name in ('time_first', 'ssm_first'):
-    if RESTART in found and name in found:
+    if known(RESTART, name):
       gain, least = apart(found[RESTART]['best'], found[name]['best'])
       what = 'no difference beyond the spread'
       if gain > least:

@@ -285,6 +285,18 @@ def test_scaling_needs_everything():
     assert verdict['verdict'] == 'do not scale'
 
 
+@pytest.mark.parametrize(
+  'pure', [row([2.0]), row([2.0, 2.1], steps=5), row([2.0, 2.1], data='b')]
+)
+def test_scaling_asks_for_equal_runs_and_a_spread(pure):
+  found = {'baseline': row([1.0, 1.1])} | dict.fromkeys(matrix.PURE, pure)
+  verdict = matrix.scale(found, [], [QUESTION])
+  first, *_ = verdict['conditions'].values()
+  assert first is None and verdict['verdict'] == 'not known yet'
+  told = matrix.diagnosis(found)
+  assert told == '' or 'one seed tells no spread' in told
+
+
 def test_one_seed_has_no_spread():
   """None in the table, and no chance that it is decided."""
   fields = {'parameters': 10, 'learning_rate': 1e-3, 'tokens_per_second': 5.0}

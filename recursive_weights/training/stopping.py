@@ -15,7 +15,9 @@ class Limits(NamedTuple):
   """Stop rules on measures of `evaluators.state_gates`, each (least, most).
 
   A rule NAME reads every `gates/NAME/COMPONENT` of the latest line that has
-  it; a value outside, or not finite, stops the run.
+  it; one that is not finite stops the run, and so does one outside where an
+  earlier line was inside, or after `least` evaluations: weights may begin
+  outside, as RWKV-6 does, whose decays are alike for all texts at first.
 
   selection: spread of the decays over texts; 0 where nothing is selected.
   collapsed: share of a layer's heads with a decay of 0 or 1, in the worst
@@ -72,7 +74,7 @@ def judge(
   if not rules:
     return Verdict('continue', 'none', 'there are no rules')
   shape, limits, curves = parse(rules)
-  verdict = _outside(history, limits)
+  verdict = _outside(history, limits, shape.least)
   return verdict or plateau.judge(history, shape, **curves)
 
 
@@ -107,21 +109,35 @@ def parse(rules: dict[str, Any]) -> tuple[Rules, Limits, dict[str, str]]:
   return shape, Limits(**limits), CURVES | of(CURVES)
 
 
-def _outside(history, limits):
+def _outside(history, limits, evaluations):
   """The verdict of the first limit that is not kept, None for none."""
-  for rule, (least, most) in limits._asdict().items():
-    prefix = f'gates/{rule}/'
-    for line in reversed(history):
-      found = {
-        name: value
-        for name, value in line.items()
-        if name.startswith(prefix) and not name.endswith('/std')
-      }
-      for name, value in found.items():
-        if value is None or not least <= value <= most:
-          shown = 'not finite' if value is None else f'{value:.3g}'
-          reason = f'{name} is {shown}, outside [{least:g}, {most:g}]'
-          return Verdict('stop', rule, reason)
-      if found:
-        break
+  for rule, limit in limits._asdict().items():
+    found = [_measures(line, f'gates/{rule}/') for line in history]
+    wrong = [_beyond(measures, *limit) for measures in found if measures]
+    if not wrong or not wrong[-1]:
+      continue
+    name, value = wrong[-1]
+    late = len(wrong) >= evaluations or not all(wrong)
+    if value is None or late:
+      shown = 'not finite' if value is None else f'{value:.3g}'
+      reason = f'{name} is {shown}, outside [{limit[0]:g}, {limit[1]:g}]'
+      return Verdict('stop', rule, reason)
   return None
+
+
+def _measures(line, prefix):
+  return {
+    name: value
+    for name, value in line.items()
+    if name.startswith(prefix) and not name.endswith('/std')
+  }
+
+
+def _beyond(measures, least, most):
+  """The first that is not finite, else the first outside, () for none."""
+  wrong = [
+    (name, value)
+    for name, value in measures.items()
+    if value is None or not least <= value <= most
+  ]
+  return min(wrong, key=lambda item: item[1] is not None, default=())

@@ -234,9 +234,9 @@ def test_a_broken_model_fails_the_gate_that_says_why(
 def test_collapsed_heads_stop_a_run_that_their_median_does_not(judged):
   def stops(change):
     found, report = judged(change)
-    line = {'step': 1} | found
+    before, _ = judged(trained)
     verdict = stopping.judge(
-      [line],
+      [{'step': 1} | before, {'step': 2} | found],
       metric='',
       mode='min',
       patience=1,

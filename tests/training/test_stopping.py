@@ -127,14 +127,26 @@ def test_limits_name_themselves(rule, name, good, bad):
   kept = history(**{f'gates/{name}/a': good, f'gates/{name}/a/std': 0.0})
   assert judge(kept).action == 'continue'
   broken = history(**{f'gates/{name}/a': good, f'gates/{name}/b': bad})
-  verdict = judge(broken)
+  verdict = judge([*kept, *broken])
   assert (verdict.action, verdict.rule) == ('stop', rule)
+  broken = [*kept, *broken]
   # The latest line that has it counts, and later ones without it say nothing.
   assert judge([*broken, {'step': 3, 'train/loss': 1.0}]) == verdict
   assert judge([*broken, *kept]).action == 'continue'
   least, most = (-1.0, 1e9) if bad is not None else (0.0, 0.0)
   relaxed = judge(broken, **{rule: (least, most)})
   assert relaxed.action == ('continue' if bad is not None else 'stop')
+
+
+def test_weights_may_begin_outside_a_limit():
+  """RWKV-6's decays are alike for all texts before it learns."""
+  start = {'train/loss': 1.0, 'gates/selection/a': 0.0}
+  lines = [{'step': i} | start for i in range(4)]
+  assert judge(lines[:3], least=4).action == 'continue'
+  assert judge(lines, least=4).rule == 'selection'
+  risen = [lines[0], lines[1] | {'gates/selection/a': 0.1}, lines[2]]
+  assert judge(risen[:2], least=4).action == 'continue'
+  assert judge(risen, least=4).rule == 'selection'
 
 
 def test_no_rules_is_patience_alone():

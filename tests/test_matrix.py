@@ -336,24 +336,46 @@ def test_failed_gates_stand_in_the_table():
   assert line.endswith('|  | 5 |  |  |')
 
 
+def run_matrix(workdir, config, *arguments):
+  process = subprocess.run(
+    [
+      *(sys.executable, '-m', 'recursive_weights.matrix'),
+      *(f'--config={config}', '--variant=smoke', f'--workdir={workdir}'),
+      *arguments,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    # One device: eight simulated ones take many times as long.
+    env=os.environ | {'XLA_FLAGS': ''},
+    timeout=3600,
+    check=False,
+  )
+  return process.returncode, process.stdout, process.stderr
+
+
+@pytest.mark.slow
+def test_one_seed_is_trained_and_decides_nothing(tmp_path):
+  pair = tmp_path / 'pair.py'
+  tier = "TIERS = {'1': ('baseline', 'attention')}"
+  pair.write_text(f'from configs.hybrid_matrix import *\n\n{tier}\n')
+  code, out, err = run_matrix(tmp_path / 'runs', pair, '--num_seeds=1')
+  assert code == 0, err
+  found = json.loads(out.splitlines()[-1])
+  assert set(found) == {'baseline', 'attention'}
+  assert all(math.isfinite(loss) for loss in found.values())
+  assert 'To a larger size: not known yet.' in out
+  assert (tmp_path / 'runs' / 'table.md').read_text() in out
+  report = json.loads((tmp_path / 'runs' / 'table.json').read_text())
+  assert [x['tokens_per_second'] > 0 for x in report['members']] == [True] * 2
+  assert all(x['sample'] for x in report['members'])
+
+
 @pytest.mark.long
 def test_a_tier_is_trained_once(tmp_path):
   def run(*arguments):
-    process = subprocess.run(
-      [
-        *(sys.executable, '-m', 'recursive_weights.matrix'),
-        *('--config=configs/hybrid_matrix.py', '--variant=smoke'),
-        *('--num_seeds=2', f'--workdir={tmp_path}', *arguments),
-      ],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      # One device: eight simulated ones take many times as long.
-      env=os.environ | {'XLA_FLAGS': ''},
-      timeout=3600,
-      check=False,
-    )
-    return process.returncode, process.stdout, process.stderr
+    config = 'configs/hybrid_matrix.py'
+    return run_matrix(tmp_path, config, '--num_seeds=2', *arguments)
 
   code, out, err = run('--tier=diagnosis')
   assert code == 0, err

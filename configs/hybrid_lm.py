@@ -54,8 +54,9 @@ Variants, joined by commas: `smoke` (seconds), and
             (RM), `ratio31` (3R1M), `anchored` (the hybrid with attention in the
             middle); the hybrid needs none
   fusions   `hy`, `gf`, ... of its two halves (models/layers/fusion.py)
-  weights   `tied` (all layers have the large matrices of the first one),
-            `derived` (those of layer l are T^l of them, T residual, rank 4),
+  weights   `tied` (all layers of a kind, but for anchors, have the large
+            matrices of the first one), `derived` (those of the l-th one are T^l
+            of them, T residual, rank 4),
             `narrow` (independent, two thirds as wide: stores as many weights
             within 6 %)
   state     `fresh` (every chunk starts anew), `shuffled` (every chunk gets the
@@ -316,11 +317,6 @@ def _layers(config, chosen):
     config.model.width = heads * config.model.head_width
   if sharing not in SHARED:
     return
-  if config.model.pattern not in MATRICES or 'anchored' in chosen:
-    raise UserError(
-      f'{sharing} needs layers of one kind: leave out '
-      f'{", ".join(sorted(chosen & {"alternate", "ratio31", "anchored"}))}'
-    )
   config.recursive.rules = {
     path.replace('/', '_'): {
       'source': path,
@@ -329,7 +325,8 @@ def _layers(config, chosen):
       'operator': dict(SHARED[sharing]),
       'iterate': True,
     }
-    for path in MATRICES[config.model.pattern]
+    for letter in dict.fromkeys(config.model.pattern)
+    for path in MATRICES.get(letter, ())  # none of a count
   }
 
 

@@ -23,6 +23,7 @@ def parameters(variant):
     *(name for name in hybrid_lm.VARIANTS if name not in hybrid_lm.SIZES),
     *('rwkv6,tied', 'mamba2,derived', 'attention,derived', 'smoke,ratio31'),
     *('smoke,anchored', 'smoke,curriculum'),
+    *('anchored,derived', 'alternate,tied', 'ratio31,derived'),
   ],
 )
 def test_variants_build(variant):

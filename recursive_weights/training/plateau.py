@@ -98,7 +98,8 @@ def judge(
   `extra` waits after a cut, `drops` and `noise` stop and `cut` lowers the
   learning rate. `noise`: a window after the latest cut, or without a budget
   after the plateau began to count, two standard errors of what has been gained
-  exceed both the gain and the tolerance.
+  exceed both the gain and the tolerance (GroundThink: the variance exceeds the
+  mean gain, which are of two units).
 
   Args:
     history: lines of metrics.jsonl; those without `validation` only tell of the

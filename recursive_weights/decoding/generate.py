@@ -78,10 +78,12 @@ def read(
 
   Raises:
     ValueError: `chunk` is not positive.
+    UserError: the stream is of another model or number of texts.
   """
   if chunk < 1:
     raise ValueError(f'chunk must be > 0, got {chunk}')
   batch, length = tokens_BT.shape
+  _check(decoder, params, stream, batch)
   if not length:
     return stream
   chunk = min(chunk, length)
@@ -150,8 +152,12 @@ def write(
   Returns:
     `tokens_BT` int32 `[B, count]`, `length_B` (tokens written; those past it
     are 0), and the stream after them.
+
+  Raises:
+    UserError: the stream is of another model or number of texts.
   """
-  batch = stream.position_B.shape[0]
+  batch = (jnp.shape(limit_B) or stream.position_B.shape)[0]
+  _check(decoder, params, stream, batch)
 
   def more(loop):
     index, _, _, stream = loop
@@ -189,6 +195,38 @@ def write(
     more, body, (jnp.int32(0), *empty, stream)
   )
   return tokens_BT, length_B, stream
+
+
+def _check(decoder, params, stream, batch):
+  """Refuses a stream of another model or batch.
+
+  By shapes and dtypes alone: a compiled program holds nothing of it.
+  """
+
+  def like(params):
+    return start(decoder, params, jnp.zeros(batch, jnp.int32))
+
+  def described(tree):
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    found = {
+      jax.tree_util.keystr(path, simple=True, separator='.'): (
+        f'{leaf.dtype}{list(leaf.shape)}'
+      )
+      for path, leaf in leaves
+    }
+    # For trees of the same leaves: a list where a tuple should be.
+    return found | {'structure': str(structure)}
+
+  wanted = described(jax.eval_shape(like, params))
+  found = described(jax.eval_shape(lambda tree: tree, stream))
+  *leaves, _ = wanted  # structure comes last
+  for name in (*leaves, *found):
+    if wanted.get(name) != found.get(name):
+      raise UserError(
+        f'stream must be of this model and of {batch} texts: its {name} must '
+        f'be {wanted.get(name, "absent")}, got {found.get(name, "none")}: '
+        'begin one by `start`, or go on with the model and texts it is of'
+      )
 
 
 def _resets(tokens_BT, boundary):

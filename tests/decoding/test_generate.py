@@ -246,6 +246,69 @@ def test_memory_does_not_grow_with_the_text():
   assert largest(10) == largest(1000)
 
 
+def changed(stream, **cache):
+  return stream._replace(cache=stream.cache | cache)
+
+
+STREAMS = {
+  'model': (
+    lambda s: s._replace(cache={'state': s.cache['recurrent']}),
+    r'cache.position must be int32\[3\], got none',
+  ),
+  'layers': (
+    lambda s: changed(s, attention={'keys': s.seed_B}),
+    r'cache.attention.keys must be absent, got int32\[3\]',
+  ),
+  'width': (
+    lambda s: changed(s, recurrent=s.cache['recurrent'][..., :2]),
+    r'cache.recurrent must be float32\[3, 2, 4, 4\], got float32\[3, 2, 4, 2\]',
+  ),
+  'dtype': (
+    lambda s: changed(s, recurrent=s.cache['recurrent'].astype(jnp.bfloat16)),
+    r'cache.recurrent must be float32\[3, 2, 4, 4\], got bfloat16',
+  ),
+  'batch': (
+    lambda s: jax.tree.map(lambda x: x[:2], s),
+    r'cache.position must be int32\[3\], got int32\[2\]',
+  ),
+  'vocabulary': (
+    lambda s: s._replace(logits_BV=s.logits_BV[:, 1:]),
+    r'logits_BV must be float32\[3, 7\], got float32\[3, 6\]',
+  ),
+  'containers': (
+    lambda s: changed(s, attention=()),
+    r'structure must be PyTreeDef.* got PyTreeDef',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', STREAMS)
+def test_a_stream_of_another_model_is_refused(name):
+  change, message = STREAMS[name]
+  stream = change(start())
+  with pytest.raises(UserError, match=f'of 3 texts: its {message}.*: begin'):
+    read(stream, *generate.padded(prompts()))
+  with pytest.raises(UserError, match=f'of 3 texts: its {message}.*: begin'):
+    write(stream, limits(2, 2, 2))
+
+
+def test_that_a_stream_fits_is_told_by_shapes_alone(monkeypatch):
+  def programs():
+    stream = start()
+    tokens_BT, length_B = map(jnp.asarray, generate.padded(prompts()))
+    for run in (
+      lambda s: generate.read(DECODER, PARAMS, s, tokens_BT, length_B),
+      lambda s: generate.write(
+        DECODER, PARAMS, s, length_B, count=11, choose=CHOOSE
+      ),
+    ):
+      yield str(jax.make_jaxpr(run)(stream))
+
+  checked = list(programs())
+  monkeypatch.setattr(generate, '_check', lambda *_: None)
+  assert checked == list(programs())
+
+
 def test_prompts_must_have_a_token():
   with pytest.raises(
     UserError, match=r'at least one token each, got .*\[2, 0\]'

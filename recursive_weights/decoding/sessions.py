@@ -205,6 +205,8 @@ def _read(path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     version = about['version']
   except FileNotFoundError as error:
     raise UserError(f'no session {str(path)!r}') from error
+  except (PermissionError, IsADirectoryError) as error:
+    raise UserError(f'cannot read {path}: {error.strerror}') from error
   except (
     EOFError,
     OSError,
@@ -213,7 +215,11 @@ def _read(path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     TypeError,
     zipfile.BadZipFile,
   ) as error:
-    raise UserError(f'{path} is no session, or damaged: {error}') from error
+    # Not what NumPy says of it: that is to load it as pickles, which run code.
+    raise UserError(
+      f'{path} is no session, or damaged: give a file that `save` or --session '
+      'wrote, or begin another session'
+    ) from error
   if version > VERSION:
     raise UserError(
       f'{path}: version must be <= {VERSION}, got {version}: update this '

@@ -163,6 +163,17 @@ def test_damage_is_told(path, keep):
     sessions.load(path, jax.eval_shape(begun), weights=WEIGHTS)
 
 
+@pytest.mark.parametrize('junk', [b'junk', b'\x80\x04junk', b'PK\x03\x04'])
+def test_junk_is_not_to_be_loaded_unsafely(tmp_path, junk):
+  path = tmp_path / 's'
+  path.write_bytes(junk)
+  with pytest.raises(UserError, match=r's is no session.*: give') as told:
+    sessions.texts(path)
+  assert 'pickle' not in str(told.value)
+  with pytest.raises(UserError, match=f'cannot read {tmp_path}: Is a dir'):
+    sessions.texts(tmp_path)
+
+
 def test_absence_and_wrong_texts_are_told(tmp_path):
   with pytest.raises(UserError, match='no session'):
     sessions.texts(tmp_path / 'nothing')

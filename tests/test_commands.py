@@ -359,6 +359,28 @@ BAD_PROGRAMS = {
     ['benchmarks.trm', '--cell', 'mixer', 'symmetric', '--tokens', '81', '97'],
     '--tokens must be 81 with --cell symmetric',
   ),
+  'groups that do not divide heads': (
+    ['benchmarks.scans', '--groups', '3'],
+    '--groups must divide --heads with --kernel ssd, got 3 for 4',
+  ),
+  'no groups': (
+    ['benchmarks.scans', '--groups', '0'],
+    '--groups must be > 0, got 0',
+  ),
+  'a pattern of no layer': (
+    ['benchmarks.hybrid', '--pattern', 'R', 'X'],
+    "none, such as '3R1M', got 'X'",
+  ),
+  **{
+    f'dtype of {name}': (
+      [f'benchmarks.{name}', *more, '--dtype', 'foo'],
+      "argument --dtype: invalid choice: 'foo'",
+    )
+    for name, more in {
+      **dict.fromkeys(('ctm', 'hybrid', 'scans', 'trm'), ()),
+      'trm_halves': ('token',),
+    }.items()
+  },
 }
 
 

@@ -188,7 +188,9 @@ def main() -> None:
   parser.add_argument('--case', nargs='+', default=['parity64'], choices=CASES)
   parser.add_argument('--ticks', type=int, nargs='+', default=[10])
   parser.add_argument('--batch', type=int, nargs='+', default=[64])
-  parser.add_argument('--dtype', nargs='+', default=['float32'])
+  parser.add_argument(
+    '--dtype', nargs='+', default=['float32'], choices=device.DTYPES
+  )
   parser.add_argument('--repeats', type=int, default=10)
   parser.add_argument(
     '--unrolled',

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import jax
 
+# What models compute in.
+DTYPES = ('float32', 'bfloat16', 'float16')
+
 # By a part of the name: memory in GB/s, and TFLOP/s without sparsity by the
 # bytes of a number, float32 on no matrix unit. NVIDIA's data sheets, SXM parts.
 LIMITS = {

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from recursive_weights.benchmarks import device
+from recursive_weights.interfaces import UserError
 from recursive_weights.models import hybrid_lm
 from recursive_weights.models.decoder import text_spec
 
@@ -158,7 +159,7 @@ def main() -> None:
   parser.add_argument(
     '--remat', action=argparse.BooleanOptionalAction, default=True
   )
-  parser.add_argument('--dtype', default='float32')
+  parser.add_argument('--dtype', default='float32', choices=device.DTYPES)
   parser.add_argument('--precision', default='highest')
   parser.add_argument('--vocabulary', type=int, default=97)
   parser.add_argument('--batch', type=int, default=8)
@@ -179,6 +180,7 @@ def main() -> None:
   )
   flags = parser.parse_args()
   shared = ('window', 'chunk', 'initial', 'remat', 'dtype', 'precision')
+  models = []
   for pattern in flags.pattern:
     fields = {name: getattr(flags, name) for name in shared}
     sizes: dict[str, Any] = {
@@ -187,7 +189,13 @@ def main() -> None:
     if flags.size:
       sizes = hybrid_lm.SIZES[flags.size]
     fields |= sizes | {'pattern': pattern}
-    model = hybrid_lm.make(text_spec(flags.vocabulary), **fields)
+    # All of them before one is measured, which takes minutes.
+    try:
+      model = hybrid_lm.make(text_spec(flags.vocabulary), **fields)
+    except UserError as error:
+      parser.error(str(error))
+    models.append((fields, model))
+  for fields, model in models:
     line = fields | {
       'vocabulary': flags.vocabulary,
       'parameters': hybrid_lm.count(flags.vocabulary, **fields),

@@ -37,6 +37,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from recursive_weights.benchmarks import device
 from recursive_weights.interfaces import UserError
@@ -60,7 +61,10 @@ KERNELS = (
 
 
 GRID = ('kernel', 'dtype', 'algorithm', 'chunk', 'batch', 'length', 'heads')
+SIZES = ('batch', 'length', 'heads', 'groups', 'key_width', 'value_width')
 STEP, FUSED = 'step', 'fused'
+# Of one case of a grid, whose others go on.
+FAILURES = (UserError, ValueError, jax.errors.JaxRuntimeError)
 IN_FLIGHT = 10  # calls, where the device works while the host goes on
 
 
@@ -214,6 +218,21 @@ def rates(size, arguments, function, ms: float, most) -> dict:
   return {key: float(f'{x:.4g}') for key, x in found.items()}
 
 
+def check_sizes(flags: argparse.Namespace) -> str:
+  """What is wrong with the sizes of inputs, '' for nothing."""
+  for name in SIZES:
+    least = np.min(getattr(flags, name))
+    if least < 1:
+      return f'--{name} must be > 0, got {least}'
+  odd = [heads for heads in flags.heads if heads % flags.groups]
+  if 'ssd' in flags.kernel and odd:
+    return (
+      f'--groups must divide --heads with --kernel ssd, got {flags.groups} for '
+      f'{odd[0]}: give one that does, or leave out ssd'
+    )
+  return ''
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
@@ -226,7 +245,9 @@ def main() -> None:
     choices=(*chunks.ALGORITHMS, FUSED, STEP),
   )
   parser.add_argument('--chunk', type=int, nargs='+', default=[64])
-  parser.add_argument('--dtype', nargs='+', default=['float32'])
+  parser.add_argument(
+    '--dtype', nargs='+', default=['float32'], choices=device.DTYPES
+  )
   parser.add_argument('--batch', type=int, nargs='+', default=[1])
   parser.add_argument('--length', type=int, nargs='+', default=[1024])
   parser.add_argument('--heads', type=int, nargs='+', default=[4])
@@ -257,6 +278,8 @@ def main() -> None:
     flags.calls = 1 if alone else IN_FLIGHT
   if flags.calls < 1:
     parser.error(f'--calls must be > 0, got {flags.calls}')
+  if wrong := check_sizes(flags):
+    parser.error(wrong)
   for size in grid(flags):
     line = {name: getattr(size, name) for name in GRID}
     line |= {
@@ -268,12 +291,17 @@ def main() -> None:
     }
     most = roof(size, size.dtype)
     line |= {key: x for key, x in most.items() if x}
-    for name, (function, arguments) in cases(size).items():
+    try:
+      forms = cases(size)
+    except FAILURES as error:
+      print(json.dumps(line | {'failed': str(error)[:300]}), flush=True)
+      continue
+    for name, (function, arguments) in forms.items():
       try:
         found = measure(
           function, arguments, repeats=size.repeats, calls=size.calls
         )
-      except (UserError, ValueError, jax.errors.JaxRuntimeError) as error:
+      except FAILURES as error:
         line[f'{name}_failed'] = str(error)[:300]
         continue
       found |= rates(size, arguments, function, found['ms'], most)

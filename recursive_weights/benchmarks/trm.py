@@ -3,7 +3,9 @@
   python -m recursive_weights.benchmarks.trm --tokens 81 97 --fused plain fused
 
 prints one JSON line a variant: forward, backward, AdamW and EMA of one
-supervision step, with random inputs and the state donated.
+supervision step, with random inputs and the state donated. `flops_compiler`
+and `bytes_compiler` are XLA's counts, which count the body of a loop once and
+kernels not at all; `flops_formula` and `least_bytes` (a lower bound) are ours.
 
 `--cell symmetric` (by `--mixing` and `--pool`) is the cell for Sudoku, whose
 states are `--width` wide for each of nine digits. `benchmarks.trm_halves` times
@@ -379,7 +381,7 @@ def main() -> None:
     default='{}',
     help='JSON: {"token": {"columns": 64}, "channel": {...}}',
   )
-  parser.add_argument('--dtype', default='bfloat16')
+  parser.add_argument('--dtype', default='bfloat16', choices=device.DTYPES)
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument(
     '--unrolled', type=int, default=INNER, help='updates of z in a loop body'

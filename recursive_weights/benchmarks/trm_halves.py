@@ -230,7 +230,7 @@ def main() -> None:
   parser.add_argument('--pool', default='both', choices=symmetric_block.POOLS)
   parser.add_argument('--tokens', type=int, nargs='+', default=[81])
   parser.add_argument('--batch', type=int, default=768)
-  parser.add_argument('--dtype', default='bfloat16')
+  parser.add_argument('--dtype', default='bfloat16', choices=device.DTYPES)
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument(
     '--peak_tflops', type=float, help="of the device; none: its data sheet's"

@@ -155,6 +155,19 @@ def test_forms_are_of_the_same_recurrence(kernel):
   )
 
 
+def test_inputs_that_fail_are_a_line_and_others_go_on(monkeypatch, capsys):
+  def cases(size, real=scans.cases):
+    if size.batch == 2:
+      raise jax.errors.JaxRuntimeError('no room')
+    return real(size)
+
+  monkeypatch.setattr(scans, 'cases', cases)
+  command = '--kernel ssd --algorithm step --batch 1 2 3 --heads 1'
+  found = lines(monkeypatch, capsys, command)
+  assert [x['batch'] for x in found] == [1, 2, 3]
+  assert [x.get('failed') for x in found] == [None, 'no room', None]
+
+
 def test_peak_counts_once_what_outputs_take_from_arguments():
   memory = types.SimpleNamespace(
     argument_size_in_bytes=40,

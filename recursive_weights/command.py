@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib.util
 import logging
+import math
 import pathlib
 import re
 import sys
@@ -134,16 +135,16 @@ def numbers(flag: str, texts: Sequence[str], kind: type = float) -> list:
   """The values of a list flag.
 
   Raises:
-    UserError: one is no number of this kind, or is negative.
+    UserError: one is no number of this kind, negative, infinite or nan.
   """
   try:
     found = [kind(text) for text in texts]
   except ValueError:
     found = [-1]
-  if any(value < 0 for value in found):
+  if not all(0 <= value < math.inf for value in found):
     raise UserError(
-      f'--{flag} must be numbers >= 0 of type {kind.__name__}, joined by '
-      f'commas, got {",".join(texts)!r}'
+      f'--{flag} must be finite numbers >= 0 of type {kind.__name__}, joined '
+      f'by commas, got {",".join(texts)!r}'
     )
   return found
 

@@ -40,6 +40,9 @@ def test_broken_files_are_named(tmp_path):
 def test_flags_of_numbers():
   assert command.numbers('n', ['1', '20'], int) == [1, 20]
   assert command.numbers('rates', ['5e-4'], float) == [5e-4]
-  for texts, kind in ((['1', 'x'], int), (['1.5'], int), (['-1'], float)):
-    with pytest.raises(UserError, match='--n must be numbers >= 0 of type'):
+  for texts, kind in (
+    *((['1', 'x'], int), (['1.5'], int), (['-1'], float)),
+    *((['1', text], float) for text in ('nan', 'inf', '1e999')),
+  ):
+    with pytest.raises(UserError, match='--n must be finite numbers >= 0 of'):
       command.numbers('n', texts, kind)

@@ -134,6 +134,11 @@ def split(
       for i, name in enumerate(_splits.NAMES)
     }
   empty = [name for name in needed if not parts[name]]
+  if empty and by == 'position':  # what is cut is tokens, however separated
+    raise UserError(
+      f'the text must fill {", ".join(needed)}, but of its {total} tokens none '
+      f'is in {", ".join(empty)}: give a longer one'
+    )
   if empty:
     raise UserError(
       f'documents must fill {", ".join(needed)}, but of {len(documents)} none '

@@ -155,6 +155,13 @@ def _check(tokens, length, curriculum, order):
     raise UserError(f'order must be one of {ORDERS}, got {order!r}')
   if length < 2:
     raise UserError(f'length must be >= 2, got {length}')
+  if not isinstance(curriculum, (tuple, list)) or not all(
+    map(_is_phase, curriculum)
+  ):
+    raise UserError(
+      'curriculum must be ((step, length), ...), whole numbers such as '
+      f'((0, 64), (1000, 128)), got {curriculum!r}'
+    )
   steps = [first for first, _ in curriculum]
   if curriculum and (steps[0] != 0 or steps != sorted(set(steps))):
     raise UserError(
@@ -163,6 +170,14 @@ def _check(tokens, length, curriculum, order):
   short = [size for _, size in curriculum if size < 1]
   if short:
     raise UserError(f'lengths of the curriculum must be > 0, got {short[0]}')
+
+
+def _is_phase(entry):
+  return (
+    isinstance(entry, (tuple, list))
+    and len(entry) == 2
+    and all(isinstance(x, (int, np.integer)) for x in entry)
+  )
 
 
 def _place(phases, index):

@@ -268,6 +268,10 @@ def test_another_test_file_keeps_the_vocabulary(path, tmp_path):
     ({'path': '/nowhere/at/all'}, 'cannot read /nowhere'),
     ({'curriculum': ((1, 4),)}, r'rise from 0, got \(1,\)'),
     ({'curriculum': ((0, 4), (0, 8))}, 'rise from 0'),
+    ({'curriculum': (4, 8)}, r'\(\(step, length\), \.\.\.\), .* got \(4, 8\)'),
+    ({'curriculum': ((0, 4, 8),)}, r'step, length\), .* got \(\(0, 4, 8\),\)'),
+    ({'curriculum': ((0, 'a'),)}, r"step, length\), .* got \(\(0, 'a'\),\)"),
+    ({'curriculum': 4}, r'step, length\), .* got 4'),
     ({'curriculum': ((0, 0),)}, 'lengths of the curriculum must be > 0, got 0'),
   ],
 )
@@ -283,6 +287,9 @@ def test_sources_and_short_texts(path, tmp_path):
     make(path).batch('train', 0, 500)
   with pytest.raises(UserError, match='got none'):
     text.make(path=str(tmp_path))
+  (tmp_path / 'x.txt').write_text('a fox')
+  with pytest.raises(UserError, match=r'its 5 tokens none .*: give a longer'):
+    text.make(path=str(tmp_path), split_by='position')
   (tmp_path / 'x.txt').write_bytes(b'\xff\xfe')
   with pytest.raises(UserError, match="tokens='bytes'"):
     text.make(path=str(tmp_path), split_by='position')

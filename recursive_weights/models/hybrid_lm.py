@@ -22,6 +22,7 @@ import numpy as np
 from recursive_weights.interfaces import Decoder, Model, Spec, UserError
 from recursive_weights.models import hybrid_blocks
 from recursive_weights.models.decoder import from_decoder, text_spec
+from recursive_weights.models.layers import fusion as fusion_lib
 from recursive_weights.models.layers import past, trm_block
 
 INITIAL = ('learned', 'zeros')
@@ -388,6 +389,10 @@ def _check(spec: Spec, given: dict[str, Any]) -> None:
   if given['initial'] not in INITIAL:
     raise UserError(
       f'initial must be one of {INITIAL}, got {given["initial"]!r}'
+    )
+  if given['fusion'] not in fusion_lib.NAMES:
+    raise UserError(
+      f'fusion must be one of {fusion_lib.NAMES}, got {given["fusion"]!r}'
     )
   if given['precision'] not in PRECISIONS:
     raise UserError(

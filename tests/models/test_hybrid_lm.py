@@ -497,6 +497,7 @@ def test_sizes_are_what_they_are_called():
     ({'head_width': 5}, 'head_width must divide'),
     ({'algorithm': 'quick'}, "algorithm must be one of .* got 'quick'"),
     ({'fusion': 'sum'}, 'fusion must be one of'),
+    ({'fusion': 'sum', 'pattern': 'R'}, "fusion must be one of .* got 'sum'"),
     ({'norm': 'batch'}, 'norm must be one of'),
     ({'initial': 'random'}, 'initial must be one of'),
     ({'state_norm': 3}, 'state_norm must'),

@@ -443,9 +443,7 @@ def diagnosis(found) -> str:
   def known(*names):
     """Whether all were trained, on the same data and as long."""
     rows = [found[name] for name in names if name in found]
-    return len(rows) == len(names) and all(
-      comparable(x, rows[0]) for x in rows
-    )
+    return len(rows) == len(names) and all(comparable(x, rows[0]) for x in rows)
 
   halves = (BASELINE, 'rwkv6', 'mamba2')
   if known(*halves):

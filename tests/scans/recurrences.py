@@ -22,16 +22,35 @@ from recursive_weights.scans import (
 B, G, H, K, V = 2, 1, 2, 4, 3
 
 
-class Case(NamedTuple):
-  """A scan, `inputs(stream, length, mean)`, `token(state, **token)`, a state.
+class Sizes(NamedTuple):
+  """Of keys and values, and the channels of Mamba-1."""
 
-  The mean is that of log decays.
+  K: int = K
+  V: int = V
+  D: int = H
+
+
+SMALL = Sizes()
+
+
+class Case(NamedTuple):
+  """A scan, `inputs(stream, length, mean, sizes)`, `token(state, **token)`.
+
+  The mean is that of log decays. A state has the sizes of these axes.
   """
 
   module: object
   inputs: object
   token: object
-  state: tuple = (H, K, V)
+  axes: str = 'KV'
+
+  def state(self, sizes=SMALL):
+    heads = (H,) if self.axes == 'KV' else ()
+    return *heads, *(getattr(sizes, axis) for axis in self.axes)
+
+  def outputs(self, length, sizes=SMALL):
+    own = (H, sizes.V) if self.axes == 'KV' else (sizes.D,)
+    return B, length, *own
 
 
 def decays(stream, mean, shape):
@@ -43,8 +62,11 @@ def decays(stream, mean, shape):
 
 
 def attention_inputs(
-  stream, length, mean, *, width=(H, K), groups=H, beta=False, bonus=False
+  stream, length, mean, sizes, *, whole=False, beta=False, bonus=False
 ):
+  """Heads that decay as a whole share queries and keys."""
+  K, V, _ = sizes
+  width, groups = ((H,), G) if whole else ((H, K), H)
   q, k = stream.normal(size=(2, B, length, groups, K))
   inputs = {
     'q_BTGK': q,
@@ -59,7 +81,8 @@ def attention_inputs(
   return inputs
 
 
-def ssd_inputs(stream, length, mean):
+def ssd_inputs(stream, length, mean, sizes):
+  K, V, _ = sizes
   b, c = stream.normal(size=(2, B, length, G, K))
   return {
     'x_BTHV': stream.normal(size=(B, length, H, V)),
@@ -70,12 +93,13 @@ def ssd_inputs(stream, length, mean):
   }
 
 
-def selective_inputs(stream, length, mean):
+def selective_inputs(stream, length, mean, sizes):
+  K, _, D = sizes
   b, c = stream.normal(size=(2, B, length, K))
   return {
-    'x_BTD': stream.normal(size=(B, length, H)),
-    'dt_BTD': stream.exponential(size=(B, length, H)),
-    'a_DN': np.maximum(decays(stream, mean, (H, K)), -1e4),
+    'x_BTD': stream.normal(size=(B, length, D)),
+    'dt_BTD': stream.exponential(size=(B, length, D)),
+    'a_DN': np.maximum(decays(stream, mean, (D, K)), -1e4),
     'b_BTN': b,
     'c_BTN': c,
   }
@@ -102,7 +126,7 @@ def delta_token(state, q_BGK, k_BGK, v_BHV, log_decay, beta_BH):
   if log_decay.ndim == 2:
     log_decay = log_decay[..., None]
   k, beta = heads(k_BGK), beta_BH[..., None, None]
-  keep = jnp.eye(K)[None, None] - beta * outer(k, k)
+  keep = jnp.eye(k.shape[-1])[None, None] - beta * outer(k, k)
   state = jnp.einsum(
     'bhkl,bhlv->bhkv', keep, jnp.exp(log_decay)[..., None] * state
   )
@@ -131,14 +155,14 @@ CASES = {
   ),
   'gated_delta': Case(
     delta_rule,
-    functools.partial(attention_inputs, width=(H,), groups=G, beta=True),
+    functools.partial(attention_inputs, whole=True, beta=True),
     delta_token,
   ),
   'kimi_delta': Case(
     delta_rule, functools.partial(attention_inputs, beta=True), delta_token
   ),
   'ssd': Case(ssd, ssd_inputs, ssd_token),
-  'selective': Case(selective, selective_inputs, selective_token, (H, K)),
+  'selective': Case(selective, selective_inputs, selective_token, 'DK'),
 }
 
 
@@ -147,19 +171,25 @@ def timed(name):
   return 'T' in name or name == 'log_decay'
 
 
+def sizes_of(inputs):
+  """Of named inputs; of those that a scan has not, the last's."""
+  last = {name[-1]: x.shape[-1] for name, x in inputs.items()}
+  return Sizes(last.get('K', last.get('N')), last.get('V'), last.get('D'))
+
+
 def gate(inputs):
   """The argument that decays follow from."""
   (name,) = {'log_decay', 'a_H', 'a_DN'} & set(inputs)
   return name
 
 
-def given(name, length, mean=-0.05, seed=0):
+def given(name, length, mean=-0.05, seed=0, sizes=SMALL):
   """Inputs, and what all scans share: NumPy, float64."""
   stream, case = np.random.default_rng(seed), CASES[name]
-  inputs = case.inputs(stream, length, mean)
+  inputs = case.inputs(stream, length, mean, sizes)
   shared = {
-    'state': stream.normal(size=(B, *case.state)),
-    'fresh': stream.normal(size=case.state),
+    'state': stream.normal(size=(B, *case.state(sizes))),
+    'fresh': stream.normal(size=case.state(sizes)),
     'resets': np.zeros((B, length), bool),
     'mask': np.ones((B, length), bool),
   }
@@ -176,18 +206,24 @@ def token_of(inputs):
   return {name.replace('T', ''): x for name, x in inputs.items()}
 
 
-def scan(name, *, state, fresh, resets, mask, step=None, **inputs):
+def scan(name, *, state=None, fresh=None, resets, mask, step=None, **inputs):
   """`(y, last state)` in the dtype of what is given.
 
-  By the equations, or by a scan's own `step`, which is told of resets.
+  By the equations, or by a scan's own `step`, which is told of resets. Resets
+  bring in zeros where no fresh state is given, and a row starts from what they
+  bring in where no state is.
   """
   case = CASES[name]
+  if fresh is None:
+    fresh = jnp.zeros(case.state(sizes_of(inputs)), inputs[gate(inputs)].dtype)
+  if state is None:
+    state = jnp.broadcast_to(fresh[None], (B, *fresh.shape))
   constant = {n: x for n, x in inputs.items() if not timed(n)}
   along = {n: jnp.moveaxis(x, 1, 0) for n, x in inputs.items() if timed(n)}
 
   def one(state, token):
     reset_B, on_B, inputs = token
-    rows = (-1, *[1] * len(case.state))
+    rows = (-1, *[1] * (state.ndim - 1))
     inputs = token_of(inputs | constant)
     if step is not None:
       y, after = step(state, **inputs, resets=reset_B, fresh=fresh)

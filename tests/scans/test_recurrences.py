@@ -1,6 +1,7 @@
 """Every form of every scan is its recurrence: values and all gradients.
 
-Those are scans by either algorithm, single steps, and prefills with commits.
+Those are scans by either algorithm or as GPU kernels (without a GPU they are
+interpreted), single steps, and prefills with commits.
 
 In float32, for gates from open to shut and any layout of texts, against the
 recurrence in float64: an error is at most 1e-5 of the norms of what is right
@@ -10,6 +11,7 @@ programs are compiled once.
 """
 
 import functools
+import itertools
 
 import hypothesis
 import jax
@@ -22,7 +24,10 @@ from recursive_weights.scans import chunks
 from tests.scans import recurrences
 from tests.scans.recurrences import CASES, B, timed
 
-T, CHUNK = 37, 16
+T, CHUNK, WHOLE = 37, 16, 32  # tokens, those of a chunk, of whole chunks
+# The least that kernels take; in the second, keys in more than one part.
+WIDE = recurrences.Sizes(K=16, V=32, D=48)
+WIDER = recurrences.Sizes(K=64, V=16)
 TOLERANCE = 1e-5
 MEANS = (0.0, -0.05, -1.0, -10.0, -80.0, -np.inf)
 
@@ -41,10 +46,20 @@ lengths = strategies.lists(
 TEXTS = [{5, 9}, {0, 16, 36}]
 GAPS = [{34, 35, 36}, {0, 1, 20}]
 
-FORMS = (*chunks.ALGORITHMS, 'step')
-every_form = pytest.mark.parametrize(
-  ('name', 'algorithm'), [(name, form) for name in CASES for form in FORMS]
-)
+SCANS = (*chunks.ALGORITHMS, 'fused')
+FORMS = (*SCANS, 'step')
+
+
+def every(*forms, more=()):
+  return pytest.mark.parametrize(
+    ('name', 'algorithm'), [*itertools.product(CASES, forms), *more]
+  )
+
+
+# Mamba-1's recurrent form keeps the states between chunks, too.
+plain_chunks = every('chunked', more=[('selective', 'recurrent')])
+all_chunks = every('chunked', 'fused', more=[('selective', 'recurrent')])
+every_mean = pytest.mark.parametrize('mean', MEANS)
 # Of a prefill, by row: chunks' ends, one token before and after, none, all.
 LENGTHS = [(T, 0), (16, 15), (17, T - 1)]
 
@@ -103,20 +118,25 @@ def run(name, algorithm, *args):
     return jax.tree.map(np.asarray, (outputs, gradients))
 
 
-def case_of(name, mean, texts, gaps, length=T):
+def case_of(
+  name, algorithm, mean, texts, gaps, *, length=T, sizes=None, lengths=None
+):
   """What has gradients, what has none, and weights of a scalar loss."""
-  inputs, shared = recurrences.given(name, length, mean)
+  sizes = sizes or (WIDE if algorithm == 'fused' else recurrences.SMALL)
+  inputs, shared = recurrences.given(name, length, mean, sizes=sizes)
   resets, mask = shared.pop('resets'), shared.pop('mask')
   for row in range(B):
     resets[row, [t for t in texts[row] if t < length]] = True
     mask[row, [t for t in gaps[row] if t < length]] = False
-  real = inputs | shared
+  real, flags = inputs | shared, {'resets': resets, 'mask': mask}
+  y_shape = CASES[name].outputs(length, sizes)
+  state_shape = shared['state'].shape
+  if lengths is not None:
+    flags['lengths'] = np.asarray(lengths)
+    state_shape = (len(lengths), *state_shape)
   stream = np.random.default_rng(7)
-  y_shape = (B, length, *CASES[name].state[::2])
-  if name == 'selective':
-    y_shape = inputs['x_BTD'].shape
-  weights = [stream.normal(size=x) for x in (y_shape, shared['state'].shape)]
-  return real, {'resets': resets, 'mask': mask}, weights
+  weights = [stream.normal(size=x) for x in (y_shape, state_shape)]
+  return real, flags, weights
 
 
 def check(name, found, real, flags, weights):
@@ -137,56 +157,109 @@ def check(name, found, real, flags, weights):
   assert not found[1][gate][shut].any()
 
 
-@every_form
-@pytest.mark.parametrize('mean', MEANS)
+@every(*FORMS)
+@every_mean
 @drawn
 @hypothesis.given(rows, rows)
 @hypothesis.example(TEXTS, GAPS)
 def test_a_form_is_the_recurrence(name, algorithm, mean, texts, gaps):
-  case = case_of(name, mean, texts, gaps)
+  case = case_of(name, algorithm, mean, texts, gaps)
   check(name, run(name, algorithm, *case), *case)
 
 
-@pytest.mark.parametrize(
-  ('name', 'algorithm'),
-  [*((name, 'chunked') for name in CASES), ('selective', 'recurrent')],
-)
-@pytest.mark.parametrize('mean', MEANS)
+@plain_chunks
+@every_mean
 @drawn
 @hypothesis.given(rows, rows, lengths)
 @hypothesis.example(TEXTS, GAPS, LENGTHS)
 def test_a_prefill_commits_any_length(
   name, algorithm, mean, texts, gaps, lengths
 ):
-  real, flags, (y_weight, _) = case_of(name, mean, texts, gaps)
-  flags['lengths'] = np.asarray(lengths)
-  shape = (len(lengths), *real['state'].shape)
-  case = real, flags, (y_weight, np.random.default_rng(8).normal(size=shape))
+  case = case_of(name, algorithm, mean, texts, gaps, lengths=lengths)
   check(name, run(name, algorithm, *case), *case)
 
 
-@every_form
+@every(*FORMS)
 def test_one_token(name, algorithm):
   for mean in MEANS:
     for texts in ([{0}, ()], [(), ()]):
-      case = case_of(name, mean, texts, [(), ()], length=1)
+      case = case_of(name, algorithm, mean, texts, [(), ()], length=1)
       check(name, run(name, algorithm, *case), *case)
 
 
-@pytest.mark.parametrize('algorithm', chunks.ALGORITHMS)
+@all_chunks
+def test_whole_chunks(name, algorithm):
+  for mean in MEANS:
+    for texts, gaps in (
+      (TEXTS, GAPS),
+      ([{15, 31}, {0, 16}], [{16}, {31}]),
+      ([(), ()], [(), ()]),
+    ):
+      case = case_of(name, algorithm, mean, texts, gaps, length=WHOLE)
+      check(name, run(name, algorithm, *case), *case)
+
+
+@plain_chunks
+def test_a_prefill_of_whole_chunks(name, algorithm):
+  lengths = [(WHOLE, 0), (16, 15), (17, WHOLE - 1)]
+  options = {'length': WHOLE, 'lengths': lengths}
+  for mean in MEANS:
+    case = case_of(name, algorithm, mean, TEXTS, GAPS, **options)
+    check(name, run(name, algorithm, *case), *case)
+
+
+@pytest.mark.parametrize('name', ['rwkv6', 'kimi_delta', 'selective'])
+def test_a_fused_prefill(name):
+  """Of each way to give what tokens wrote: their values, corrections, states.
+
+  In one layout, as its reference, a run to every length, takes long.
+  """
+  for mean in (-0.05, -80.0, -np.inf):
+    case = case_of(name, 'fused', mean, TEXTS, GAPS, lengths=LENGTHS)
+    check(name, run(name, 'fused', *case), *case)
+
+
+@pytest.mark.parametrize(
+  ('algorithm', 'absent'),
+  [
+    ('chunked', 'state'),
+    ('fused', 'fresh'),
+    ('fused', 'state and fresh'),
+  ],
+)
+@pytest.mark.parametrize('name', CASES)
+def test_states_may_be_left_out(name, algorithm, absent):
+  """Resets then bring in zeros; a row starts from what resets bring in."""
+  for mean in MEANS:
+    real, *others = case_of(name, algorithm, mean, TEXTS, GAPS)
+    for part in absent.split(' and '):
+      del real[part]
+    case = real, *others
+    check(name, run(name, algorithm, *case), *case)
+
+
+@pytest.mark.parametrize('name', ['rwkv6', 'kimi_delta'])
+def test_keys_in_parts(name):
+  """Wider than what kernels have in registers; the two have all their parts."""
+  for mean in MEANS:
+    case = case_of(name, 'fused', mean, TEXTS, GAPS, sizes=WIDER)
+    check(name, run(name, 'fused', *case), *case)
+
+
+@pytest.mark.parametrize('algorithm', SCANS)
 @pytest.mark.parametrize(
   'name', ['gated_linear', 'rwkv6', 'gated_delta', 'kimi_delta']
 )
 def test_gate_of_a_reset_has_no_gradient(name, algorithm):
   """Where resets bring in zeros, what decays at them is of no matter."""
-  real, flags, weights = case_of(name, -0.05, TEXTS, [(), ()])
+  real, flags, weights = case_of(name, algorithm, -0.05, TEXTS, [(), ()])
   real['fresh'] *= 0
   slope = run(name, algorithm, real, flags, weights)[1]['log_decay']
   assert not slope[flags['resets']].any()
   assert slope[~flags['resets']].any()
 
 
-@every_form
+@every(*FORMS)
 @drawn
 @hypothesis.given(
   strategies.sampled_from(MEANS), strategies.integers(0, T), rows, rows
@@ -200,7 +273,7 @@ def test_a_run_goes_on_from_any_token(
 
   Gradients follow by hand: the first part is given that of the state between.
   """
-  real, flags, weights = case_of(name, mean, texts, gaps)
+  real, flags, weights = case_of(name, algorithm, mean, texts, gaps)
   t, (y_weight, state_weight) = np.arange(T)[None], weights
 
   def moved(tree, by):

@@ -167,9 +167,7 @@ def test_rwkv6_is_that_of_the_package_rwkv(tmp_path):
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
   found = heads_of(decoder)(params, tokens[None])
   assert np.std(expected.numpy()) > 0.5
-  np.testing.assert_allclose(
-    found[0], expected.numpy(), rtol=TOLERANCE, atol=TOLERANCE
-  )
+  np.testing.assert_allclose(found[0], expected.numpy(), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize('groups', [1, 2])
@@ -244,4 +242,4 @@ def test_mamba2_is_that_of_transformers(groups):
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
   found = heads_of(decoder)(params, tokens[None])
   assert np.std(expected) > 0.05
-  np.testing.assert_allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)

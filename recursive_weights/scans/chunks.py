@@ -172,13 +172,15 @@ def resolve(algorithm: str, given: Inputs) -> str:
 
   With values of bfloat16: products of float32 do not run on matrix units, and
   kernels keep states between chunks in the dtype of the values, where float16
-  overflows.
+  overflows. Of no tokens kernels have no chunk: 'fused' is 'chunked' then too.
   """
+  if algorithm == 'fused' and not given.v_BTHV.shape[1]:
+    return 'chunked'
   if algorithm != 'auto':
     return algorithm
   from recursive_weights.scans import kernels
 
-  if not kernels.on_one_gpu():
+  if not kernels.on_one_gpu() or not given.v_BTHV.shape[1]:
     return 'chunked'
   from recursive_weights.scans.kernels import matrix_state
 

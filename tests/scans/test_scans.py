@@ -189,9 +189,10 @@ def test_mamba_1_chooses_by_the_device(form, platform, algorithm, monkeypatch):
 
 
 @everywhere
-@pytest.mark.parametrize('algorithm', ['chunked', 'recurrent'])
+@pytest.mark.parametrize('algorithm', ['chunked', 'recurrent', 'fused'])
 def test_no_tokens_leave_the_state(name, algorithm):
-  inputs, shared = recurrences.given(name, 0)
+  sizes = recurrences.Sizes(K=16, V=32, D=48)  # such as kernels take
+  inputs, shared = recurrences.given(name, 0, sizes=sizes)
   y, state = jit(functools.partial(scan, name, algorithm=algorithm))(
     *device((inputs, shared))
   )

@@ -1,5 +1,7 @@
 """Every variant of the language model's config is one that can be built."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -70,6 +72,21 @@ def test_sharing_layers_saves_their_matrices():
   assert tied < 0.6 * whole
 
 
+@pytest.mark.parametrize('kinds', ['alternate', 'anchored', 'ratio31'])
+def test_layers_of_each_kind_are_shared(kinds):
+  shapes = {}
+  for sharing in ('', ',tied'):
+    data = config.to_data(hybrid_lm.get_config(kinds + sharing))
+    shapes[sharing] = build.parameter_shapes(data)
+  for letter in set(hybrid_lm.PATTERNS.get(kinds, 'H')) & set('HRM'):
+    for path in hybrid_lm.MATRICES[letter]:
+      kind, *rest = path.split('/')
+      own, shared = (
+        functools.reduce(dict.get, rest, shapes[x][kind]) for x in ('', ',tied')
+      )
+      assert shared.shape == own.shape[1:], path
+
+
 def test_state_variants():
   assert not parameters('fresh')[1]['training']['keep_carry']
   shuffled = parameters('shuffled')[1]
@@ -112,8 +129,6 @@ def test_variants_that_exclude_each_other():
   for variant in ('rwkv6,mamba2', 'hy,gf', 'fresh,shuffled', 'm8,m30'):
     with pytest.raises(UserError, match='they exclude each other'):
       hybrid_lm.get_config(variant)
-  with pytest.raises(UserError, match='leave out ratio31'):
-    hybrid_lm.get_config('ratio31,tied')
   with pytest.raises(UserError, match='anchored and attention exclude'):
     hybrid_lm.get_config('anchored,attention')
   for kind in hybrid_lm.PATTERNS:

@@ -116,6 +116,7 @@ steps, the test at the end:
   as published (`T2n2`)    95,489   .600    .995 +- .002    .994 +- .005
   4 blocks                189,953   .554    .993 +- .001    .995 +- .001
   `T2n3`                   95,489   .562    .997 +- .002    .999 +- .001
+  4 blocks, as `T2n3`     189,953   .573    .996 +- .002    .993 +- .007
   `T1n2`                   95,489   .624    .985 +- .001    .986 +- .012
   `T1n5`                   95,489   .531    .995 +- .006    .995 +- .005
   `T3n1`                   95,489   .536    .986 +- .009    .991 +- .007
@@ -134,20 +135,22 @@ steps, the test at the end:
 
 Here depth without recursion fails, with as much arithmetic or with six times
 the weights. Two blocks at as many applied a step as four (`T2n3`, ten minutes
-of a CPU core a seed) solve as many; the paper found them better (the slots of
-this row drew the least number of steps at every step, those of the others once
-for an example). More updates of
-the thought (`T2n4`) are a little better, fewer are a little worse, and so is a
-gradient through one of them, which is also slower: as the paper found. A
-single state learns much sooner, which it did not. The others make no difference
-in the end: 4,096 puzzles are not few for this size, and the rate falls to
-nothing, which averages as EMA does. Attention learns late, with learned
-positions not in every seed, with the published rotation in all three (16 to 20
-minutes of a busy CPU core a seed, slots as for `T2n3`), and is not done: in 64
-steps these have .383, .357 and .309 of the test. With 16,000 steps (seed 0, 50
-minutes of a busy core) it is: validation .568 after 4,000, .984 after 8,000,
-.996 in the end, and .996 of the test in 8 steps (1 .139, 2 .949, 4 .992). So it
-takes four times as long for what the mixer does.
+of a CPU core a seed; four 15) solve as many, +.005 (.020) of the test, paired
+by seed; the paper found them better. (Slots of these two rows and of
+`attention` drew the least number of steps at every step, those of the others
+once for an example: `T2n2` with the former, seed 0, has .994 of the test, four
+blocks did not change either.) More updates of the thought (`T2n4`) are a little
+better, fewer are a little worse, and so is a gradient through one of them,
+which is also slower: as the paper found. A single state learns much sooner,
+which it did not. The others make no difference in the end: 4,096 puzzles are
+not few for this size, and the rate falls to nothing, which averages as EMA
+does. Attention learns late, with learned positions not in every seed, with the
+published rotation in all three (16 to 20 minutes of a busy CPU core a seed,
+slots as for `T2n3`), and is not done: in 64 steps these have .383, .357 and
+.309 of the test. With 16,000 steps (seed 0, 50 minutes of a busy core) it is:
+validation .568 after 4,000, .984 after 8,000, .996 in the end, and .996 of the
+test in 8 steps (1 .139, 2 .949, 4 .992). So it takes four times as long for
+what the mixer does.
 
   python -m recursive_weights.compare --config=configs/trm_mini.py \\
       --variants='T2n2;layers4;flat' --config.training.steps=600 \\

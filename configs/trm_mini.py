@@ -138,18 +138,18 @@ the weights. Two blocks at as many applied a step as four (`T2n3`, ten minutes
 of a CPU core a seed; four 15) solve as many, +.005 (.020) of the test, paired
 by seed; the paper found them better. (Slots of these two rows and of
 `attention` drew the least number of steps at every step, those of the others
-once for an example: `T2n2` with the former, seed 0, has .994 of the test, four
-blocks did not change either.) More updates of the thought (`T2n4`) are a little
-better, fewer are a little worse, and so is a gradient through one of them,
-which is also slower: as the paper found. A single state learns much sooner,
-which it did not. The others make no difference in the end: 4,096 puzzles are
-not few for this size, and the rate falls to nothing, which averages as EMA
-does. Attention learns late, with learned positions not in every seed, with the
-published rotation in all three (16 to 20 minutes of a busy CPU core a seed,
-slots as for `T2n3`), and is not done: in 64 steps these have .383, .357 and
-.309 of the test. With 16,000 steps (seed 0, 50 minutes of a busy core) it is:
-validation .568 after 4,000, .984 after 8,000, .996 in the end, and .996 of the
-test in 8 steps (1 .139, 2 .949, 4 .992). So it takes four times as long for
+once for an example: that matters for neither four blocks nor `T2n2`, which has
+.994 of the test with the former, seed 0.) More updates of the thought (`T2n4`)
+are a little better, fewer are a little worse, and so is a gradient through one
+of them, which is also slower: as the paper found. A single state learns much
+sooner, which it did not. The others make no difference in the end: 4,096
+puzzles are not few for this size, and the rate falls to nothing, which averages
+as EMA does. Attention learns late, with learned positions not in every seed,
+with the published rotation in all three (16 to 20 minutes of a busy CPU core a
+seed, slots as for `T2n3`), and is not done: in 64 steps these have .383, .357
+and .309 of the test. With 16,000 steps (seed 0, 50 minutes of a busy core) it
+is: validation .568 after 4,000, .984 after 8,000, .996 in the end, and .996 of
+the test in 8 steps (1 .139, 2 .949, 4 .992). So it takes four times as long for
 what the mixer does.
 
   python -m recursive_weights.compare --config=configs/trm_mini.py \\

@@ -460,7 +460,7 @@ def _constraints(config):
 
 
 def _anneal(config):
-  """Steps get smaller, which a constant rate hinders."""
+  """The rate falls, as that of the symmetric cell does."""
   config.training.update(steps=15_000, evaluate_every=1000)
   config.optimizer.schedule.update(
     name='cosine', warmup_steps=500, final_fraction=0.02

@@ -117,8 +117,8 @@ def _outside(history, limits, evaluations):
     if not wrong or not wrong[-1]:
       continue
     name, value = wrong[-1]
-    late = len(wrong) >= evaluations or not all(wrong)
-    if value is None or late:
+    was_inside = not all(wrong)
+    if value is None or was_inside or len(wrong) >= evaluations:
       shown = 'not finite' if value is None else f'{value:.3g}'
       reason = f'{name} is {shown}, outside [{limit[0]:g}, {limit[1]:g}]'
       return Verdict('stop', rule, reason)

@@ -315,7 +315,7 @@ Variants, joined by commas:
   finish                the last run of the symmetric cell, the third of the
                         mixer: five cycles, less decay
   anneal                the second run of a published cell: its rate falls; as
-                        finish it begins with weights (--config.init_from)
+                        finish it asks for weights (--config.init_from)
   vicinity              with mixer,finish: the mixer's last run, for puzzles of
                         recursive_weights.vicinity
   prefix16              16 places before the 81, as the published code has (of
@@ -404,6 +404,8 @@ def get_config(variant=None):
     _constraints(config)
   if chosen & {'anneal', 'finish'}:
     _anneal(config)
+    # Not from scratch in silence: the run asks for it if it is not given.
+    config.init_from = 'WORKDIR_OR_NAME'
   if 'finish' in chosen:
     _finish(config, cell)
   if 'vicinity' in chosen:
@@ -429,6 +431,7 @@ def get_config(variant=None):
   tiny_recursive.depart(config, chosen)
   if 'smoke' in chosen:
     tiny_recursive.smoke(config)
+    config.init_from = ''
     config.task.update(train_size=32, eval_size=8)
     config.training.slots.empty_every = min(
       config.training.slots.empty_every, 4

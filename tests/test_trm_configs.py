@@ -4,6 +4,7 @@ Shapes are traced; nothing is computed.
 """
 
 import importlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from configs import tiny_recursive
 from recursive_weights import build, config
 from recursive_weights.interfaces import UserError
-from recursive_weights.training import checkpoints
+from recursive_weights.training import checkpoints, start
 
 SUDOKU = [
   '',
@@ -224,3 +225,15 @@ def test_what_excludes_each_other_is_refused():
   data = load('trm_sudoku', 'prefix16')  # of the symmetric cell
   with pytest.raises(UserError, match="prefix must be 0 with cell 'symmetric'"):
     build.build(data)
+
+
+@pytest.mark.parametrize(
+  'variant', ['finish', 'mixer,anneal', 'mixer,finish,vicinity']
+)
+def test_later_runs_ask_for_the_weights_of_the_one_before(variant):
+  new = mock.Mock()
+  new.restore_newest.return_value = None
+  asked = load('trm_sudoku', variant)['init_from']
+  with pytest.raises(UserError, match=r'init_from .* is no folder, nor one of'):
+    start.start(new, mock.Mock(), mock.Mock(), resume_from='', init_from=asked)
+  assert not load('trm_sudoku', f'{variant},smoke')['init_from']

@@ -48,6 +48,7 @@ class Plan(NamedTuple):
   kept: Tiles = Tiles(columns=64, stages=6, ahead=True)
   joined: Tiles = Tiles(stages=5, ahead=True)
   spread: Tiles = Tiles(stages=5, ahead=True, sets=1)
+  turned: Tiles = Tiles(stages=4, ahead=True)
   defer: bool | None = None
   blocks: int = 0
   interpret: Any = False

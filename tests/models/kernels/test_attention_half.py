@@ -18,7 +18,7 @@ def setup(tokens, batch, width, heads, turns, dtype, each=1):
   g_BTD = jax.random.normal(keys[2], (batch, tokens, width)).astype(dtype)
   turn = trm_block.rotation(tokens, width // heads) if turns else None
   options = {'heads': heads, 'turn': turn}
-  tiles = attention.Tiles(back_heads=each)
+  tiles = attention.Tiles(heads=each, back_heads=each)
   fused = functools.partial(
     attention.apply, tiles=tiles, interpret=True, **options
   )

@@ -329,7 +329,7 @@ def diagnose(hybrid: list[float], first: list[float], second: list[float]):
 def scale(found, decisions, questions) -> dict[str, Any]:
   """Whether the baseline may be scaled: conditions, True, False or None.
 
-  None is 'not measured', or not told by one seed or by unequal runs. The
+  None is 'not known': not measured, or not told by one seed or unequal runs. The
   verdict is 'scale' where all are True, 'do not scale' where one is False, else
   'not known yet'.
   """
@@ -467,7 +467,7 @@ def diagnosis(found) -> str:
 
 
 def report(verdict: dict[str, Any]) -> str:
-  words = {True: 'yes', False: 'no', None: 'not measured'}
+  words = {True: 'yes', False: 'no', None: 'not known'}
   return '\n'.join(
     [
       f'To a larger size: {verdict["verdict"]}.',

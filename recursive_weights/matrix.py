@@ -329,9 +329,9 @@ def diagnose(hybrid: list[float], first: list[float], second: list[float]):
 def scale(found, decisions, questions) -> dict[str, Any]:
   """Whether the baseline may be scaled: conditions, True, False or None.
 
-  None is 'not known': not measured, or not told by one seed or unequal runs. The
-  verdict is 'scale' where all are True, 'do not scale' where one is False, else
-  'not known yet'.
+  None is 'not known': not measured, or not told by one seed or by unequal runs.
+  The verdict is 'scale' where all are True, 'do not scale' where one is False,
+  else 'not known yet'.
   """
   conditions: dict[str, bool | None] = dict.fromkeys(
     (

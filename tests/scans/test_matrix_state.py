@@ -11,6 +11,7 @@ import pytest
 
 from recursive_weights.interfaces import UserError
 from recursive_weights.scans import chunks, delta_rule, linear_attention
+from recursive_weights.scans.kernels import matrix_state
 from tests.pretended_gpu import pretend, without_triton
 
 B, T, H, K, V = 2, 37, 2, 16, 32
@@ -209,6 +210,33 @@ def test_auto_is_fused_on_one_gpu_where_it_fits(capability, monkeypatch):
   assert chunks.resolve('auto', rows_of(jnp.bfloat16, 8)) == 'chunked'
   monkeypatch.setattr(jax, 'device_count', lambda: 2)
   assert chunks.resolve('auto', given) == 'chunked'
+
+
+@pytest.mark.parametrize(
+  'memory, dtype, fitting, too_wide',
+  [
+    (101_376, 'bfloat16', (128, 128), (256, 128)),  # L4, RTX
+    (101_376, 'float32', (128, 128), (128, 256)),
+    (166_912, 'bfloat16', (256, 128), (256, 256)),  # A100
+    (166_912, 'float32', (128, 256), (256, 128)),
+    (232_448, 'float32', (256, 128), (256, 256)),  # Hopper
+  ],
+)
+def test_states_have_room_on_chip(
+  memory, dtype, fitting, too_wide, monkeypatch
+):
+  def given(keys, values):
+    q = jnp.zeros((1, 4, 1, keys), dtype)
+    v = jnp.zeros((1, 4, 1, values), dtype)
+    return chunks.prepare(q, q, v, q, *[None] * 5)
+
+  takes, refuses = given(*fitting), given(*too_wide)
+  pretend(monkeypatch, '9.0')
+  monkeypatch.setattr(
+    jax.devices()[0], 'shared_memory_per_block_optin', memory, raising=False
+  )
+  assert matrix_state.fits(takes)
+  assert not matrix_state.fits(refuses)
 
 
 @pytest.mark.parametrize('capability', ['6.0', '7.5', 'gfx942'])

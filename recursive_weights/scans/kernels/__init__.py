@@ -22,6 +22,12 @@ def generation() -> int:
   return int(major) if major.isdigit() else 0
 
 
+def shared_memory() -> int:
+  """Bytes that a program may have on chip; where unknown, those of Hopper."""
+  device = jax.devices()[0]
+  return getattr(device, 'shared_memory_per_block_optin', 227 * 1024)
+
+
 def has_triton() -> bool:
   """Whether this JAX has the backend of most kernels, which is to be removed.
 

@@ -27,11 +27,20 @@ from recursive_weights.scans.kernels.plan import Inside, Plan, dot
 def fits(given: chunks.Inputs) -> bool:
   """Whether the kernels take these values and widths.
 
-  Not float16: states are kept between chunks in the dtype of v.
+  Not float16: states are kept between chunks in the dtype of v. Nor states that
+  leave no room on chip: 256 x 256 on no GPU, 256 x 128 not on those with 99 KiB
+  (L4, RTX), in float32 not on an A100.
   """
-  widths = given.q_BTGK.shape[-1], given.v_BTHV.shape[-1]
-  wide = given.v_BTHV.dtype in (jnp.float32, jnp.bfloat16)
-  return wide and all(16 <= n <= 256 and n & (n - 1) == 0 for n in widths)
+  keys, values = given.q_BTGK.shape[-1], given.v_BTHV.shape[-1]
+  dtype = given.v_BTHV.dtype
+  if dtype not in (jnp.float32, jnp.bfloat16):
+    return False
+  if any(not 16 <= n <= 256 or n & (n - 1) for n in (keys, values)):
+    return False
+  # A state that is laid out anew, beside four chunks of keys: by what compilers
+  # for those GPUs asked for, at least as much.
+  needed = 4 * keys * (values + stateless.CHUNK * dtype.itemsize)
+  return needed <= kernels.shared_memory()
 
 
 def scan(
@@ -63,7 +72,8 @@ def scan(
   if not fits(given):
     raise ValueError(
       "algorithm 'fused' takes float32 or bfloat16 and widths that are powers "
-      f'of two from 16 to 256, got {given.v_BTHV.dtype} of {keys} and {values}'
+      'of two from 16 to 256, and states for which there is room on chip, got '
+      f'{given.v_BTHV.dtype} of {keys} and {values}'
     )
   if interpret is None:
     kernels.check_gpu()

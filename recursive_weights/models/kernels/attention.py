@@ -1,11 +1,11 @@
 """Attention over few tokens as one kernel (Pallas, Triton).
 
-A program takes a head of an example. It reads its queries, keys and values
-where they lie beside each other, and writes what was seen where the output
-projection reads it: no transposes, and no scores in memory. Rows come before
-tokens, so that what a program reads lies in a few pages of memory. Queries and
-keys have been turned before; the backward pass, which makes the scores again,
-turns their gradients back.
+A program takes some heads of an example, one after the other. It reads their
+queries, keys and values where they lie beside each other, and writes what was
+seen where the output projection reads it: no transposes, and no scores in
+memory. Rows come before tokens, so that what a program reads lies in a few
+pages of memory. Queries and keys have been turned before; the backward pass,
+which makes the scores again, turns their gradients back.
 """
 
 import functools
@@ -26,16 +26,14 @@ class Tiles(NamedTuple):
   """How the work is cut.
 
   warps: of a program, which takes as many heads, one after the other, as divide
-  them all, `heads` at most, `stages` of them on their way or at work. `back_*`:
-  of one of the backward pass.
+  them all, `heads` at most, `stages` of them on their way or at work.
+  back_warps: of one of the backward pass, which takes one head.
   """
 
   warps: int = 8
   heads: int = 8
   stages: int = 2
   back_warps: int = 8
-  back_heads: int = 8
-  back_stages: int = 2
 
 
 def fits(tokens: int, width: int, heads: int) -> bool:
@@ -124,13 +122,13 @@ def _attend(qkv_NE, turn, plan):
 def _attend_forward(qkv_NE, turn, plan):
   turned_NE = turned(qkv_NE, turn, plan)
   seen_ND, log_HN = forward(turned_NE, plan, keep=True)
-  return seen_ND, (turned_NE, log_HN, turn)
+  return seen_ND, (turned_NE, seen_ND, log_HN, turn)
 
 
 def _attend_backward(plan, saved, g_ND):
-  turned_NE, log_HN, turn = saved
+  *kept, turn = saved
   still = jax.tree.map(jnp.zeros_like, turn)
-  return backward(turned_NE, log_HN, g_ND, plan, turn), still
+  return backward(*kept, g_ND, plan, turn), still
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -241,6 +239,8 @@ def _loop(each, sizes, run):
 
 
 def _forward_kernel(qkv_ref, seen_ref, *log_refs, sizes, each):
+  fast = tiling.rough(qkv_ref.dtype)
+
   def run(head):
     q, k, v = (head.load(qkv_ref, which) for which in range(3))
     score = tiling.dot(q, k.T)
@@ -248,7 +248,7 @@ def _forward_kernel(qkv_ref, seen_ref, *log_refs, sizes, each):
     score = jnp.where(exists, score, -1e30)
     power = _powers(sizes.width)
     top = score.max(1) * power
-    e = jnp.exp2(score * power - top[:, None])
+    e = tiling.exp2_fma(score, power, -top[:, None], fast)
     total = e.sum(1)
     seen = tiling.dot(e.astype(v.dtype), v) * (1 / total)[:, None]
     head.store(seen_ref, 0, [seen])
@@ -292,45 +292,57 @@ def _sizes(qkv_NE, plan):
   )
 
 
-def _backward_kernel(qkv_ref, log_ref, g_ref, *refs, sizes, each, turns):
+def _backward_kernel(qkv_ref, seen_ref, log_ref, g_ref, *refs, sizes, turns):
   *factor_refs, dqkv_ref = refs
   dtype = qkv_ref.dtype
+  fast = tiling.rough(dtype)
+  head = _Head(pl.program_id(1), pl.program_id(0), sizes)
+  q, k, v = (head.load(qkv_ref, which) for which in range(3))
+  g, seen = head.load(g_ref), head.load(seen_ref)
+  at, exists = head.logs(log_ref)
+  log = plgpu.load(at, mask=exists, other=0.0)
 
-  def run(head):
-    turn = [head.table(ref) for ref in factor_refs[: 2 * turns]]
-    scale = None
-    for ref in factor_refs[2 * turns :]:
-      scale = head.scale(ref)
-      turn = [table * scale for table in turn]
-    q, k, v = (head.load(qkv_ref, which) for which in range(3))
-    g = head.load(g_ref)
-    at, exists = head.logs(log_ref)
-    log = plgpu.load(at, mask=exists, other=0.0)
-    # Columns past the last token need no mask: keys and values are zero there.
-    share = jnp.exp2(tiling.dot(q, k.T) * _powers(sizes.width) - log[:, None])
-    # First, so that the shares in 16 bits need not be kept.
-    dv = tiling.dot(share.astype(dtype).T, g)
-    head.store(dqkv_ref, 2, [dv if scale is None else dv * scale])
-    dshare = tiling.dot(g, v.T)
-    dscore = share * (dshare - (share * dshare).sum(1)[:, None])
-    dscore = (dscore * np.float32(1 / np.sqrt(sizes.width))).astype(dtype)
+  # Keys along rows: so shares and the gradients of scores are factors of
+  # products as they lie, and one alone is turned over.
+  share = tiling.exp2_fma(
+    tiling.dot(k, q.T), _powers(sizes.width), -log[None], fast
+  )
+  # Past the last token keys are zero, so shares could be infinite there.
+  share = jnp.where(exists[:, None], share, 0)
+  dv = tiling.dot(share.astype(dtype), g)
+  # sum_j share_ij dshare_ij, from what was seen.
+  mean = (seen.astype(jnp.float32) * g.astype(jnp.float32)).sum(1)
+  scaled = np.float32(1 / np.sqrt(sizes.width))
+  dscore = share * tiling.fma(
+    tiling.dot(v, g.T), scaled, -(mean * scaled)[None], fast
+  )
+  dscore = dscore.astype(dtype)
 
-    def back(value):
-      if not turn:
-        return [value if scale is None else value * scale]
-      cos, sin = turn
-      a, b = jax.lax.split(value, (sizes.width // 2,) * 2, axis=1)
-      return [a * cos + b * sin, b * cos - a * sin]
+  turn = [head.table(ref) for ref in factor_refs[: 2 * turns]]
+  scale = None
+  for ref in factor_refs[2 * turns :]:
+    scale = head.scale(ref)
+    turn = [table * scale for table in turn]
 
-    head.store(dqkv_ref, 0, back(tiling.dot(dscore, k)))
-    head.store(dqkv_ref, 1, back(tiling.dot(dscore.T, q)))
+  def back(value):
+    if not turn:
+      return [value if scale is None else value * scale]
+    cos, sin = turn
+    a, b = jax.lax.split(value, (sizes.width // 2,) * 2, axis=1)
+    return [
+      tiling.fma(a, cos, b * sin, fast),
+      tiling.fma(b, cos, -(a * sin), fast),
+    ]
 
-  _loop(each, sizes, run)
+  head.store(dqkv_ref, 2, [dv if scale is None else dv * scale])
+  head.store(dqkv_ref, 1, back(tiling.dot(dscore, q)))
+  head.store(dqkv_ref, 0, back(tiling.dot(dscore.T, k)))
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def backward(
   qkv_NE: Array,
+  seen_ND: Array,
   log_HN: Array,
   g_ND: Array,
   plan: Plan,
@@ -338,21 +350,14 @@ def backward(
   scale_N: Array | None = None,
 ) -> Array:
   """The gradient of what became `qkv` by being turned, and times the scale."""
-  tiles, heads = plan.tiles, plan.heads
-  each = _per_program(heads, tiles.back_heads)
   scales = [] if scale_N is None else [scale_N]
   return pl.pallas_call(
     functools.partial(
-      _backward_kernel,
-      sizes=_sizes(qkv_NE, plan),
-      each=each,
-      turns=bool(turn),
+      _backward_kernel, sizes=_sizes(qkv_NE, plan), turns=bool(turn)
     ),
     out_shape=jax.ShapeDtypeStruct(qkv_NE.shape, qkv_NE.dtype),
-    grid=(heads // each, plan.batch),
-    compiler_params=plgpu.CompilerParams(
-      num_warps=tiles.back_warps, num_stages=tiles.back_stages
-    ),
+    grid=(plan.heads, plan.batch),
+    compiler_params=plgpu.CompilerParams(num_warps=plan.tiles.back_warps),
     interpret=plan.interpret,
     name='attention_backward',
-  )(qkv_NE, log_HN, g_ND, *turn, *scales)
+  )(qkv_NE, seen_ND, log_HN, g_ND, *turn, *scales)

@@ -84,7 +84,7 @@ def fits(
       (plan.kept, (width, inner)),
       (plan.joined, (inner, width)),
       (plan.spread, (2 * inner, width)),
-      (plan.turned, (width, 3 * width)),
+      (plan.turned, (width, width)),
     )
   )
 
@@ -210,7 +210,13 @@ def _attend_backward(settings, saved, gradients):
   d_ND, _ = gradients
   qkv_DE, out_DD = _cast(params, x_ND.dtype, 'qkv', 'out')
   dqkv_NE = attention.backward(
-    qkv_NE, log_HN, d_ND @ out_DD.T, settings.attention, turn, scale_N
+    qkv_NE,
+    seen_ND,
+    log_HN,
+    d_ND @ out_DD.T,
+    settings.attention,
+    turn,
+    scale_N,
   )
   dparams = {
     'qkv': tiling.over_rows(x_ND, dqkv_NE),

@@ -1,7 +1,7 @@
 """Queries, keys and values of attention as one product (Hopper GPUs).
 
 Queries and keys leave it turned, and all of them times the scale of their row,
-so that the kernel of attention has nothing left to do to them.
+so that the kernels of attention have nothing left to do to them.
 """
 
 import functools
@@ -48,99 +48,68 @@ def turned(
     raise ValueError(f'{tiles} do not hold whole heads of {head}')
   (total, width), columns = x_ND.shape, qkv_DE.shape[1]
   dtype, half = x_ND.dtype, head // 2
-  grid = hopper.grid_of(tiles, total, width, columns)
-  steps = width // tiles.width
-  pieces = tiles.columns // half
-  angles, period, start = _angles(turn, half, tiles.rows, dtype)
+  # No tile has keys and values.
+  down, across = hopper.grid_of(tiles, total, width, width)
+  grid = down, 3 * across
+  steps, pieces = width // tiles.width, tiles.columns // half
+  angles, period = _angles(turn, half, tiles.rows, dtype)
 
   def block(x_gmem, w_gmem, cos_gmem, sin_gmem, *refs):
     *scale_gmem, out_gmem = refs
 
-    def scoped(left, right, full, empty, factors, outs, ready, free):
+    def scoped(left, right, outs, full, empty):
       loop = hopper.Loop(grid, steps, tiles, full, empty, alone=True)
+      mine = outs.at[jax.lax.axis_index('group')]
 
-      def fetch(number, step, slot, arrived):
+      def fetch(number, step, slot, ready):
         row, column = loop.place(number)
         along = pl.ds(step * tiles.width, tiles.width)
         for gmem, at, smem in (
           (x_gmem, (pl.ds(row, tiles.rows), along), left),
           (w_gmem, (along, pl.ds(column, tiles.columns)), right),
         ):
-          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], arrived)
-        # As soon as what is multiplied first is on its way.
-        pl.when(step == min(tiles.stages, steps) - 1)(
-          functools.partial(fetch_angles, number, row, column)
-        )
-
-      def fetch_angles(number, row, column):
-        which = jax.lax.rem(number, 2)
-
-        @pl.when(number >= 2)
-        def _wait():
-          plgpu.barrier_wait(free.at[which])
-
-        place = jax.lax.rem(row, period)
-        # Values are not turned.
-        first = jnp.where(column < 2 * width, place, place + start)
-        at = pl.ds(pl.multiple_of(first, 8), tiles.rows)
-        for term, gmem in enumerate((cos_gmem, sin_gmem)):
-          smem = factors.at[which, term]
-          plgpu.copy_gmem_to_smem(gmem.at[at], smem, ready.at[which])
+          plgpu.copy_gmem_to_smem(gmem.at[at], smem.at[slot], ready)
 
       def tile(number):
         row, column = loop.place(number)
-        which = jax.lax.rem(number, 2)
-        scale = None
-        for gmem in scale_gmem:
-          scale = hopper.scale_of(gmem, row, tiles.rows, plan)
+        place = jax.lax.rem(row, period)
+        # Values are not turned.
+        first = jnp.where(
+          column < 2 * width, place, place + period + tiles.rows
+        )
+        read = functools.partial(hopper.read, size=tiles.rows, plan=plan)
+        cos, sin = (read(gmem, first) for gmem in (cos_gmem, sin_gmem))
+        scale = [read(gmem, row) for gmem in scale_gmem]
 
         def accumulate(acc):
           def issue(slot):
             plgpu.wgmma(acc, left.at[slot], right.at[slot])
 
           loop.contract(number, issue, 1)
-          product = hopper.scaled(acc[...], scale)
-          plgpu.barrier_wait(ready.at[which])
-          cos, sin = (
-            factors[which, term].astype(jnp.float32) for term in (0, 1)
-          )
+          product = hopper.scaled(acc[...], *(scale or [None]))
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          c, s = cos.astype(jnp.float32), sin.astype(jnp.float32)
           for piece in range(0, pieces, 2):
-            a, b = (
-              product[:, first * half : (first + 1) * half]
-              for first in (piece, piece + 1)
-            )
-            for place, value in enumerate(
-              (a * cos - b * sin, b * cos + a * sin)
-            ):
-              outs[which, piece + place] = value.astype(dtype)
+            at = piece * half
+            a, b = product[:, at : at + half], product[:, at + half : at + head]
+            mine[piece] = (a * c - b * s).astype(dtype)
+            mine[piece + 1] = (b * c + a * s).astype(dtype)
           plgpu.commit_smem()
           rows = pl.ds(row, tiles.rows)
           for piece in range(pieces):
             at = rows, pl.ds(column + piece * half, half)
-            plgpu.copy_smem_to_gmem(outs.at[which, piece], out_gmem.at[at])
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          plgpu.barrier_arrive(free.at[which])
+            plgpu.copy_smem_to_gmem(mine.at[piece], out_gmem.at[at])
 
         shape = tiles.rows, tiles.columns
         pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
 
-      def drain(mine):
-        def body(number, carry):
-          plgpu.barrier_wait(free.at[jax.lax.rem(number, 2)])
-          return carry
-
-        jax.lax.fori_loop(jnp.maximum(mine - 2, 0), mine, body, 0)
-
-      loop.run(fetch, tile, drain)
+      loop.run(fetch, tile)
 
     pl.run_scoped(
       scoped,
       left=hopper.memory(tiles.rows, tiles.width, dtype, tiles.stages),
       right=hopper.memory(tiles.width, tiles.columns, dtype, tiles.stages),
-      factors=hopper.memory(tiles.rows, half, angles[0].dtype, 2, 2),
       outs=hopper.memory(tiles.rows, half, dtype, 2, pieces),
-      ready=plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      free=plgpu.Barrier(num_arrivals=1, num_barriers=2),
       **hopper.barriers(tiles.stages, 2, alone=True),
       collective_axes='group',
     )
@@ -151,10 +120,10 @@ def turned(
 
 
 def _angles(turn, half, rows, dtype):
-  """Cosines and sines `[2 (P + rows), K / 2]`, P, and where the others begin.
+  """Cosines and sines `[2 (P + rows), K / 2]` of rows, and P.
 
   Tiles begin at multiples of eight rows, so places come again after P rows, a
-  multiple of both. The second half of them turns by nothing.
+  multiple of both. The second half of the rows turns by nothing.
   """
   if turn:
     tokens = turn[0].shape[0]
@@ -165,8 +134,7 @@ def _angles(turn, half, rows, dtype):
     period = 8
     cos = jnp.ones((period + rows, half), dtype)
     sin = jnp.zeros_like(cos)
-  tables = (
+  return (
     jnp.concatenate([cos, jnp.ones_like(cos)]),
     jnp.concatenate([sin, jnp.zeros_like(sin)]),
-  )
-  return tables, period, period + rows
+  ), period

@@ -33,7 +33,7 @@ def simulated():
   )
   tiles = channel_half.Tiles(wide=plan)
   return halves.make(
-    True, channel=tiles, over=attention.Tiles(back_heads=2), interpret=True
+    True, channel=tiles, over=attention.Tiles(heads=2), interpret=True
   )
 
 
@@ -141,7 +141,7 @@ def test_a_half_of_what_is_deferred_has_the_gradient_through_its_norm(half):
 @pytest.mark.parametrize('scaled', [False, True])
 def test_gradients_of_attention_are_turned_back_and_scaled(turns, scaled):
   tokens, half, rows = 17, 16, 3 * 17
-  plan = attention.Plan(3, 2, attention.Tiles(back_heads=2), True)
+  plan = attention.Plan(3, 2, attention.Tiles(heads=2), True)
   turn = trm_block.rotation(tokens, 2 * half) if turns else None
   tables = attention.tables(turn, half, jnp.float32)
   qkv_NE = jax.random.normal(jax.random.key(0), (rows, 12 * half))
@@ -154,8 +154,8 @@ def test_gradients_of_attention_are_turned_back_and_scaled(turns, scaled):
     return attention.turned(qkv_NE, tables, plan)
 
   turned_NE, back = jax.vjp(ready, qkv_NE)
-  _, log_HN = attention.forward(turned_NE, plan, keep=True)
-  given = turned_NE, log_HN, g_ND, plan
+  seen_ND, log_HN = attention.forward(turned_NE, plan, keep=True)
+  given = turned_NE, seen_ND, log_HN, g_ND, plan
   found = attention.backward(*given, tables, scale_N)
   (expected,) = back(attention.backward(*given))
   assert jnp.allclose(found, expected, rtol=1e-5, atol=1e-5)

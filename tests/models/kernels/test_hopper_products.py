@@ -233,6 +233,17 @@ def test_tiles_hold_whole_heads():
   qkv_DE = jnp.zeros((192, 576), jnp.bfloat16)
   with pytest.raises(ValueError, match='do not hold whole heads of 96'):
     turned_product.turned(x_ND, qkv_DE, (), None, 96, plan())
+  # Of 96 columns one would have keys and values.
+  tiles = hopper.Tiles(columns=96, stages=2)
+  with pytest.raises(ValueError, match='are not whole'):
+    turned_product.turned(
+      x_ND[:, :128],
+      qkv_DE[:128, :384],
+      (),
+      None,
+      32,
+      plan(turned=tiles),
+    )
 
 
 def test_all_products_lower_for_a_gpu():
@@ -260,12 +271,15 @@ def test_all_products_lower_for_a_gpu():
   def kept(down, both, x, s):
     return added_product.kept_backward(down, both, x, default, s)
 
-  def turned(x, w, t, s):
-    return turned_product.turned(x, w, (t, t), s, 64, default)
+  def turned(head):
+    def program(x, w, t, s):
+      return turned_product.turned(x, w, (t, t), s, head, default)
 
-  angles = jax.ShapeDtypeStruct((97, 32), jnp.float16)
+    angles = jax.ShapeDtypeStruct((97, head // 2), jnp.float16)
+    return program, (x, shape((width, 3 * width)), angles, s)
+
   for program, args in (
-    (turned, (x, shape((width, 3 * width)), angles, s)),
+    *map(turned, (32, 64, 128)),
     (joined, (shape((rows, hidden)), down, x, s)),
     (spread, (both, shape((2 * hidden, width)), x, s)),
     (gated, (up, up, x, s)),

@@ -197,9 +197,12 @@ rise together. So it seems to be the rate that holds run 1 back; no run went on
 at a constant one to show it. What run 2 has learned goes on: 64 steps solve .12
 more than 16, after run 3 .05. One seed each.
 
-More of the same does not bring it over .84. From its weights, 2,500 steps at
-3e-5 (a cosine again, seed 6) lose a little: .829 of the test in 16 steps and
-.952 in 64, .754 of validation. And 13,125 at 1e-4, by which all would be the
+More of the same has not brought it over .84. From its weights (`anneal` with
+--config.init_from=trm_sudoku_mixer_1k --config.seed=6), 2,500 steps at 3e-5
+(--config.training.steps=2500 --config.optimizer.learning_rate=3e-5
+--config.optimizer.schedule.warmup_steps=200) have .829 of the test in 16 steps
+and .952 in 64, .754 of validation: no more, and less by about what chance makes
+(.005 for so many puzzles). And 13,125 at 1e-4, by which all would be the
 paper's 78,125, were lost with their machine after 7,000, where they had .736 of
 validation; run 2 had as much at that part of its way (.732 after 8,000).
 

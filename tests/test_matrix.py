@@ -365,6 +365,7 @@ def test_one_seed_is_trained_and_decides_nothing(tmp_path):
   assert set(found) == {'baseline', 'attention'}
   assert all(math.isfinite(loss) for loss in found.values())
   assert 'To a larger size: not known yet.' in out
+  assert '- what every feature is worth was measured: not known' in out
   assert (tmp_path / 'runs' / 'table.md').read_text() in out
   report = json.loads((tmp_path / 'runs' / 'table.json').read_text())
   assert [x['tokens_per_second'] > 0 for x in report['members']] == [True] * 2

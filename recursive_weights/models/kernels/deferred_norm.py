@@ -31,7 +31,6 @@ from recursive_weights.models.kernels import (
   hopper,
   row_norm,
   tiling,
-  turned_product,
 )
 
 # From this width on a product costs more than its result's way through memory
@@ -64,19 +63,12 @@ def settle(x: Array | Deferred, *, interpret: bool = False) -> Array:
   return _settled(*_rows(x), interpret).reshape(x.value.shape)
 
 
-def fits(
-  x: Array | Deferred, inner: int, plan: hopper.Plan, head: int = 0
-) -> bool:
-  """Whether halves with `inner` units are to run so, in whole tiles.
-
-  `head`: of attention, its entries.
-  """
+def fits(x: Array | Deferred, inner: int, plan: hopper.Plan) -> bool:
+  """Whether halves with `inner` units are to run so, in whole tiles."""
   value = value_of(x)
   width = value.shape[-1]
   rows = value.size // width
   defer = width >= WIDE if plan.defer is None else plan.defer
-  if head and not turned_product.fits(plan.turned, head):
-    return False
   return defer and all(
     hopper.whole(tiles, rows, *sizes)
     for tiles, sizes in (
@@ -84,7 +76,6 @@ def fits(
       (plan.kept, (width, inner)),
       (plan.joined, (inner, width)),
       (plan.spread, (2 * inner, width)),
-      (plan.turned, (width, width)),
     )
   )
 
@@ -185,38 +176,23 @@ class _Settings(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(params, x_ND, scale_N, turn, settings):
-  return _seen_by_all(params, x_ND, scale_N, turn, settings, keep=False)[0]
+  return _attend_forward(params, x_ND, scale_N, turn, settings)[0]
 
 
 def _attend_forward(params, x_ND, scale_N, turn, settings):
-  found, kept = _seen_by_all(params, x_ND, scale_N, turn, settings, keep=True)
-  return found, (params, x_ND, scale_N, turn, *kept)
-
-
-def _seen_by_all(params, x_ND, scale_N, turn, settings, keep):
-  """The half, and what its backward pass reads."""
   qkv_DE, out_DD = _cast(params, x_ND.dtype, 'qkv', 'out')
-  head = x_ND.shape[1] // settings.attention.heads
-  qkv_NE = turned_product.turned(
-    x_ND, qkv_DE, turn, scale_N, head, settings.products
-  )
-  seen_ND, *log_HN = attention.forward(qkv_NE, settings.attention, keep)
+  qkv_NE = x_ND @ qkv_DE
+  seen_ND = attention.forward(qkv_NE, turn, settings.attention, scale_N)
   found = _joined(seen_ND, out_DD, x_ND, scale_N, settings.products)
-  return found, (qkv_NE, seen_ND, *log_HN)
+  return found, (params, x_ND, scale_N, turn, qkv_NE, seen_ND)
 
 
 def _attend_backward(settings, saved, gradients):
-  params, x_ND, scale_N, turn, qkv_NE, seen_ND, log_HN = saved
+  params, x_ND, scale_N, turn, qkv_NE, seen_ND = saved
   d_ND, _ = gradients
   qkv_DE, out_DD = _cast(params, x_ND.dtype, 'qkv', 'out')
   dqkv_NE = attention.backward(
-    qkv_NE,
-    seen_ND,
-    log_HN,
-    d_ND @ out_DD.T,
-    settings.attention,
-    turn,
-    scale_N,
+    qkv_NE, turn, d_ND @ out_DD.T, settings.attention, scale_N
   )
   dparams = {
     'qkv': tiling.over_rows(x_ND, dqkv_NE),

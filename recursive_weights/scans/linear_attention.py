@@ -48,8 +48,9 @@ def scan(
     bonus_HK: RWKV-6's u; tokens then read the state before they write.
     state, fresh, resets, mask: see the package; states are `[B, H, K, V]`.
     algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; K and V must be
-      powers of two from 16 to 256), or 'auto': fused for values of bfloat16 on
-      one GPU, from Ampere on, where it can be, else chunked.
+      powers of two from 16 to 256, with room for a state on chip), or 'auto':
+      fused for values of bfloat16 on one GPU, from Ampere on, where it can be,
+      else chunked.
     chunk: tokens a chunk, a power of two; 32 suits CPUs, 64 GPUs and TPUs.
     precision: of products of float32; operands of 16 bits stay what they are.
 

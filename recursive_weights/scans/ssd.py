@@ -44,8 +44,9 @@ def scan(
     b_BTGN, c_BTGN: input and output maps of G groups, G a divisor of H.
     state, fresh, resets, mask: see the package; states are `[B, H, N, V]`.
     algorithm: 'chunked', 'recurrent', 'fused' (GPU kernels; N and V must be
-      powers of two from 16 to 256), or 'auto': fused for values of bfloat16 on
-      one GPU, from Ampere on, where it can be, else chunked.
+      powers of two from 16 to 256, with room for a state on chip), or 'auto':
+      fused for values of bfloat16 on one GPU, from Ampere on, where it can be,
+      else chunked.
     chunk: tokens a chunk, a power of two.
     precision: of products of float32; operands of 16 bits stay what they are.
 

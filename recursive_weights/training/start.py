@@ -42,12 +42,12 @@ def start(
     _exists('resume_from', resume_from)
     state, folder = checkpoints.load_state(resume_from, abstract)
     return state, f'resume_from, {folder}'
-  if not init_from:
-    return init(), 'scratch'
-  params, origin = _parameters(init_from, abstract.params)
   state = init()
-  ema = jax.tree.map(jax.numpy.copy, params) if state.ema else {}
-  return state._replace(params=params, ema=ema), f'init_from, {origin}'
+  if init_from:
+    params, origin = _parameters(init_from, abstract.params)
+    ema = jax.tree.map(jax.numpy.copy, params) if state.ema else {}
+    return state._replace(params=params, ema=ema), f'init_from, {origin}'
+  return state, 'scratch'
 
 
 def _parameters(source, abstract):

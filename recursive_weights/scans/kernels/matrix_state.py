@@ -28,8 +28,8 @@ def fits(given: chunks.Inputs) -> bool:
   """Whether the kernels take these values and widths.
 
   Not float16: states are kept between chunks in the dtype of v. Nor states that
-  leave no room on chip: 256 x 256 on no GPU, 256 x 128 not on those with 99 KiB
-  (L4, RTX), in float32 not on an A100.
+  leave no room on chip: 256 x 256 on no GPU, half as many entries not on those
+  with 99 KiB (L4, RTX), nor 256 keys and 128 values in float32 on an A100.
   """
   keys, values = given.q_BTGK.shape[-1], given.v_BTHV.shape[-1]
   dtype = given.v_BTHV.dtype
@@ -37,8 +37,8 @@ def fits(given: chunks.Inputs) -> bool:
     return False
   if any(not 16 <= n <= 256 or n & (n - 1) for n in (keys, values)):
     return False
-  # A state that is laid out anew, beside four chunks of keys: by what compilers
-  # for those GPUs asked for, at least as much.
+  # A state that is laid out anew, beside four chunks of keys: no less than what
+  # XLA asked for when it compiled for those GPUs.
   needed = 4 * keys * (values + stateless.CHUNK * dtype.itemsize)
   return needed <= kernels.shared_memory()
 

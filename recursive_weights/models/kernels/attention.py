@@ -1,11 +1,11 @@
 """Attention over few tokens as one kernel (Pallas, Triton).
 
-A program takes a head of an example. It reads its queries, keys and values
-where the projection wrote them, turns them, and writes what was seen where the
-output projection reads it: no transposes, and no scores in memory. Rows come
-before tokens, so that what a program reads lies in a few pages of memory. A
-program of the backward pass, which makes the scores again, takes heads one
-after the other.
+A program takes some heads of an example, one after the other. It reads their
+queries, keys and values where they lie beside each other, and writes what was
+seen where the output projection reads it: no transposes, and no scores in
+memory. Rows come before tokens, so that what a program reads lies in a few
+pages of memory. Queries and keys have been turned before; the backward pass,
+which makes the scores again, turns their gradients back.
 """
 
 import functools
@@ -25,15 +25,15 @@ from recursive_weights.models.kernels import channel_half, tiling
 class Tiles(NamedTuple):
   """How the work is cut.
 
-  warps: of a program. `back_*`: of one of the backward pass, which takes as
-  many heads as divide them all, `back_heads` at most, `back_stages` of them on
-  their way or at work.
+  warps: of a program, which takes as many heads, one after the other, as divide
+  them all, `heads` at most, `stages` of them on their way or at work.
+  back_warps: of one of the backward pass, which takes one head.
   """
 
   warps: int = 8
-  back_heads: int = 8
+  heads: int = 8
+  stages: int = 2
   back_warps: int = 8
-  back_stages: int = 2
 
 
 def fits(tokens: int, width: int, heads: int) -> bool:
@@ -115,33 +115,47 @@ def tables(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(qkv_NE, turn, plan):
-  return forward(qkv_NE, turn, plan)
+  (seen_ND,) = forward(turned(qkv_NE, turn, plan), plan)
+  return seen_ND
 
 
 def _attend_forward(qkv_NE, turn, plan):
-  return forward(qkv_NE, turn, plan), (qkv_NE, turn)
+  turned_NE = turned(qkv_NE, turn, plan)
+  seen_ND, log_HN = forward(turned_NE, plan, keep=True)
+  return seen_ND, (turned_NE, seen_ND, log_HN, turn)
 
 
-def _attend_backward(plan, saved, g_NE):
-  qkv_NE, turn = saved
+def _attend_backward(plan, saved, g_ND):
+  *kept, turn = saved
   still = jax.tree.map(jnp.zeros_like, turn)
-  return backward(qkv_NE, turn, g_NE, plan), still
+  return backward(*kept, g_ND, plan, turn), still
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-class _Sizes(NamedTuple):
-  """Of all programs; `half` the entries of a head.
+def turned(qkv_NE: Array, turn: tuple[Array, ...], plan: Plan) -> Array:
+  """Queries and keys turned by their token's angles, values as they are."""
+  if not turn:
+    return qkv_NE
+  rows, columns = qkv_NE.shape
+  tokens, half = turn[0].shape
+  exact = qkv_NE.astype(jnp.float32)
+  a, b = jnp.unstack(exact.reshape(plan.batch, tokens, 3, -1, 2, half), axis=4)
+  # Values are not turned.
+  turns = jnp.arange(3).reshape(1, 1, 3, 1, 1) < 2
+  cos, sin = (table[None, :, None, None].astype(jnp.float32) for table in turn)
+  cos, sin = jnp.where(turns, cos, 1), jnp.where(turns, sin, 0)
+  both = jnp.stack([a * cos - b * sin, b * cos + a * sin], 4)
+  return both.reshape(rows, columns).astype(qkv_NE.dtype)
 
-  turned, scaled: whether there are tables of angles, and factors of rows.
-  """
+
+class _Sizes(NamedTuple):
+  """Of all programs; `width` the entries of a head."""
 
   tokens: int
   heads: int
-  half: int
-  turned: bool
-  scaled: bool
+  width: int
 
 
 class _Head(NamedTuple):
@@ -151,195 +165,199 @@ class _Head(NamedTuple):
   head: Any
   sizes: _Sizes
 
-  def first(self, which):
-    """First column of its queries, keys (1) or values (2)."""
-    return (which * self.sizes.heads + self.head) * 2 * self.sizes.half
-
-  def _at(self, ref, row, column, width):
-    """All tokens as one power of two, and which of them exist."""
-    exists = (jnp.arange(self._padded) < self.sizes.tokens)[:, None]
-    return ref.at[pl.ds(row, self._padded), pl.ds(column, width)], exists
-
   @property
   def _padded(self):
     return max(16, pl.next_power_of_2(self.sizes.tokens))
 
-  def load(self, ref, column, width):
-    """Some columns of all tokens; zero past the last."""
-    at, mask = self._at(ref, self.example * self.sizes.tokens, column, width)
-    return plgpu.load(at, mask=mask, other=0.0)
+  def rows(self, first=None):
+    """All its tokens as one power of two, and which of them exist."""
+    tokens = self.sizes.tokens
+    first = self.example * tokens if first is None else first
+    return pl.ds(first, self._padded), jnp.arange(self._padded) < tokens
 
-  def store(self, ref, column, value):
-    """The reverse of `load`."""
-    row = self.example * self.sizes.tokens
-    at, mask = self._at(ref, row, column, value.shape[1])
-    plgpu.store(at, value.astype(ref.dtype), mask=mask)
+  def load(self, ref, which=0):
+    """Its queries (or what is alone), keys (1) or values (2); else zero."""
+    rows, exists = self.rows()
+    at = ref.at[rows, pl.ds(self._column(which), self.sizes.width)]
+    return plgpu.load(at, mask=exists[:, None], other=0.0)
 
-  def factors(self, refs):
-    """`(turn, scale)`: cosines and sines times the rows' scale, and it alone.
+  def store(self, ref, which, values):
+    """The reverse of `load`, of parts side by side."""
+    rows, exists = self.rows()
+    for part, value in enumerate(values):
+      width = value.shape[1]
+      at = ref.at[rows, pl.ds(self._column(which) + part * width, width)]
+      plgpu.store(at, value.astype(ref.dtype), mask=exists[:, None])
 
-    `()` and None where there are none.
-    """
+  def _column(self, which):
+    return (which * self.sizes.heads + self.head) * self.sizes.width
+
+  def logs(self, ref):
+    """Where it keeps a number for each token."""
+    rows, exists = self.rows()
+    return ref.at[self.head, rows], exists
+
+  def table(self, ref):
+    """A table of all tokens, in float32."""
     # Known only when run, so that what begins there may reach past the end.
     start = 0 * self.head
-    turn, scale = [], None
-    for ref in refs[: 2 * self.sizes.turned]:
-      at, mask = self._at(ref, start, start, ref.shape[1])
-      table = plgpu.load(at, mask=mask, other=0.0)
-      turn.append(table.astype(jnp.float32))
-    if self.sizes.scaled:
-      at = pl.ds(self.example * self.sizes.tokens, self._padded)
-      exists = jnp.arange(self._padded) < self.sizes.tokens
-      scale = plgpu.load(refs[-1].at[at], mask=exists, other=0.0)[:, None]
-      turn = [table * scale for table in turn]
-    return turn, scale
+    rows, exists = self.rows(start)
+    at = ref.at[rows, pl.ds(start, ref.shape[1])]
+    found = plgpu.load(at, mask=exists[:, None], other=0.0)
+    return found.astype(jnp.float32)
 
-  def pair(self, ref, which, factors):
-    """The halves of its queries or keys, turned together."""
-    column, half = self.first(which), self.sizes.half
-    halves = tuple(
-      self.load(ref, first, half) for first in (column, column + half)
-    )
-    return _turned(halves, factors, 1)
-
-  def values(self, ref, which=2, scale=None):
-    found = self.load(ref, self.first(which), 2 * self.sizes.half)
-    return found if scale is None else (found * scale).astype(found.dtype)
+  def scale(self, ref):
+    """Factors of all its tokens, of which those past the last are zero."""
+    rows, exists = self.rows()
+    return plgpu.load(ref.at[rows], mask=exists, other=0.0)[:, None]
 
 
-def _turned(halves, factors, sign):
-  """Both halves turned by `sign` times the angles, and scaled."""
-  turn, scale = factors
-  a, b = (x.astype(jnp.float32) for x in halves)
-  if turn:
-    cos, sin = turn
-    a, b = a * cos - sign * b * sin, b * cos + sign * a * sin
-  elif scale is not None:
-    a, b = a * scale, b * scale
-  return tuple(x.astype(halves[0].dtype) for x in (a, b))
+def _powers(width):
+  """What makes a product of a query and a key a power of two.
 
-
-def _products(xs, ys):
-  return sum(tiling.dot(x, y.T) for x, y in zip(xs, ys, strict=True))
-
-
-def _shares(q, k, total):
-  """`(e [R, P], 1 / sum e [R])`, e exponentials of the scores, at most 1.
-
-  Columns past the last token are zero.
+  The GPU has an instruction for those.
   """
-  half = q[0].shape[1]
-  score = _products(q, k)
-  exists = jnp.arange(score.shape[1])[None] < total
-  score = jnp.where(exists, score, -1e30)
-  # By powers of two, which the GPU has an instruction for; scaled and shifted
-  # by one more.
-  scale = np.float32(np.log2(np.e) / np.sqrt(2 * half))
-  e = jnp.exp2(score * scale - (score.max(1) * scale)[:, None])
-  return e, 1 / e.sum(1)
+  return np.float32(np.log2(np.e) / np.sqrt(width))
 
 
-def _forward_kernel(qkv_ref, *refs, sizes):
-  *factor_refs, seen_ref = refs
-  head = _Head(pl.program_id(1), pl.program_id(0), sizes)
-  factors = head.factors(factor_refs)
-  k = head.pair(qkv_ref, 1, factors)
-  v = head.values(qkv_ref, scale=factors[1])
-  q = head.pair(qkv_ref, 0, factors)
-  e, norm = _shares(q, k, sizes.tokens)
-  seen = tiling.dot(e.astype(v.dtype), v) * norm[:, None]
-  head.store(seen_ref, head.first(0), seen)
+def _per_program(heads, most):
+  return max(n for n in range(1, most + 1) if heads % n == 0)
 
 
-def _sizes(qkv_NE, turn, plan, scale_N):
+def _loop(each, sizes, run):
+  """`run(head)` for the heads of a program, the next one on its way."""
+  first, example = pl.program_id(0) * each, pl.program_id(1)
+
+  def body(index, carry):
+    run(_Head(example, first + index, sizes))
+    return carry
+
+  if each == 1:
+    body(0, None)
+  else:
+    jax.lax.fori_loop(0, each, body, 0)
+
+
+def _forward_kernel(qkv_ref, seen_ref, *log_refs, sizes, each):
+  fast = tiling.rough(qkv_ref.dtype)
+
+  def run(head):
+    q, k, v = (head.load(qkv_ref, which) for which in range(3))
+    score = tiling.dot(q, k.T)
+    exists = jnp.arange(score.shape[1])[None] < sizes.tokens
+    score = jnp.where(exists, score, -1e30)
+    power = _powers(sizes.width)
+    top = score.max(1) * power
+    e = tiling.exp2_fma(score, power, -top[:, None], fast)
+    total = e.sum(1)
+    seen = tiling.dot(e.astype(v.dtype), v) * (1 / total)[:, None]
+    head.store(seen_ref, 0, [seen])
+    for ref in log_refs:
+      at, exists = head.logs(ref)
+      plgpu.store(at, top + jnp.log2(total), mask=exists)
+
+  _loop(each, sizes, run)
+
+
+@functools.partial(jax.jit, static_argnames=('plan', 'keep'))
+def forward(qkv_NE: Array, plan: Plan, keep: bool = False) -> tuple[Array, ...]:
+  """What is seen `[N, D]` of `qkv [N, 3 D]`.
+
+  If `keep`, also the logarithms `[H, N]` to the base of two of the sums of
+  exponentials, for `backward`.
+  """
+  rows, columns = qkv_NE.shape
+  tiles, heads = plan.tiles, plan.heads
+  each = _per_program(heads, tiles.heads)
+  seen = jax.ShapeDtypeStruct((rows, columns // 3), qkv_NE.dtype)
+  log = jax.ShapeDtypeStruct((heads, rows), jnp.float32)
+  return pl.pallas_call(
+    functools.partial(_forward_kernel, sizes=_sizes(qkv_NE, plan), each=each),
+    out_shape=(seen, log) if keep else (seen,),
+    grid=(heads // each, plan.batch),
+    compiler_params=plgpu.CompilerParams(
+      num_warps=tiles.warps, num_stages=tiles.stages
+    ),
+    interpret=plan.interpret,
+    name='attention_forward',
+  )(qkv_NE)
+
+
+def _sizes(qkv_NE, plan):
   rows, columns = qkv_NE.shape
   return _Sizes(
     tokens=rows // plan.batch,
     heads=plan.heads,
-    half=columns // (6 * plan.heads),
-    turned=bool(turn),
-    scaled=scale_N is not None,
+    width=columns // (3 * plan.heads),
   )
 
 
-@functools.partial(jax.jit, static_argnames='plan')
-def forward(
-  qkv_NE: Array,
-  turn: tuple[Array, ...],
-  plan: Plan,
-  scale_N: Array | None = None,
-) -> Array:
-  """What is seen `[N, D]` of `qkv [N, 3 D]`, whose rows are times the scale."""
-  rows, columns = qkv_NE.shape
-  scales = [] if scale_N is None else [scale_N]
-  return pl.pallas_call(
-    functools.partial(
-      _forward_kernel, sizes=_sizes(qkv_NE, turn, plan, scale_N)
-    ),
-    out_shape=jax.ShapeDtypeStruct((rows, columns // 3), qkv_NE.dtype),
-    grid=(plan.heads, plan.batch),
-    compiler_params=plgpu.CompilerParams(num_warps=plan.tiles.warps),
-    interpret=plan.interpret,
-    name='attention_forward',
-  )(qkv_NE, *turn, *scales)
-
-
-def _backward_kernel(qkv_ref, g_ref, *refs, sizes, each):
+def _backward_kernel(qkv_ref, seen_ref, log_ref, g_ref, *refs, sizes, turns):
   *factor_refs, dqkv_ref = refs
   dtype = qkv_ref.dtype
-  first, example = pl.program_id(0) * each, pl.program_id(1)
+  fast = tiling.rough(dtype)
+  head = _Head(pl.program_id(1), pl.program_id(0), sizes)
+  q, k, v = (head.load(qkv_ref, which) for which in range(3))
+  g, seen = head.load(g_ref), head.load(seen_ref)
+  at, exists = head.logs(log_ref)
+  log = plgpu.load(at, mask=exists, other=0.0)
 
-  def body(index, carry):
-    head = _Head(example, first + index, sizes)
-    factors = head.factors(factor_refs)
-    k = head.pair(qkv_ref, 1, factors)
-    v = head.values(qkv_ref, scale=factors[1])
-    q = head.pair(qkv_ref, 0, factors)
-    g = head.values(g_ref, 0)
-    e, norm = _shares(q, k, sizes.tokens)
-    share = e * norm[:, None]
-    # First, so that the shares in 16 bits need not be kept.
-    dv = tiling.dot(share.astype(dtype).T, g)
-    if sizes.scaled:
-      dv *= factors[1]
-    head.store(dqkv_ref, head.first(2), dv)
-    dshare = tiling.dot(g, v.T)
-    dscore = share * (dshare - (share * dshare).sum(1)[:, None])
-    dscore = (dscore * np.float32(1 / np.sqrt(2 * sizes.half))).astype(dtype)
+  # Keys along rows: so shares and the gradients of scores are factors of
+  # products as they lie, and one alone is turned over.
+  share = tiling.exp2_fma(
+    tiling.dot(k, q.T), _powers(sizes.width), -log[None], fast
+  )
+  # Past the last token keys are zero, so shares could be infinite there.
+  share = jnp.where(exists[:, None], share, 0)
+  dv = tiling.dot(share.astype(dtype), g)
+  # sum_j share_ij dshare_ij, from what was seen.
+  mean = (seen.astype(jnp.float32) * g.astype(jnp.float32)).sum(1)
+  scaled = np.float32(1 / np.sqrt(sizes.width))
+  dscore = share * tiling.fma(
+    tiling.dot(v, g.T), scaled, -(mean * scaled)[None], fast
+  )
+  dscore = dscore.astype(dtype)
 
-    def store(which, pair):
-      for place, value in enumerate(_turned(pair, factors, -1)):
-        column = head.first(which) + place * sizes.half
-        head.store(dqkv_ref, column, value)
+  turn = [head.table(ref) for ref in factor_refs[: 2 * turns]]
+  scale = None
+  for ref in factor_refs[2 * turns :]:
+    scale = head.scale(ref)
+    turn = [table * scale for table in turn]
 
-    store(0, tuple(tiling.dot(dscore, x) for x in k))
-    store(1, tuple(tiling.dot(dscore.T, x) for x in q))
-    return carry
+  def back(value):
+    if not turn:
+      return [value if scale is None else value * scale]
+    cos, sin = turn
+    a, b = jax.lax.split(value, (sizes.width // 2,) * 2, axis=1)
+    return [
+      tiling.fma(a, cos, b * sin, fast),
+      tiling.fma(b, cos, -(a * sin), fast),
+    ]
 
-  # In a loop the next head is on its way while one is worked on.
-  jax.lax.fori_loop(0, each, body, 0)
+  head.store(dqkv_ref, 2, [dv if scale is None else dv * scale])
+  head.store(dqkv_ref, 1, back(tiling.dot(dscore, q)))
+  head.store(dqkv_ref, 0, back(tiling.dot(dscore.T, k)))
 
 
 @functools.partial(jax.jit, static_argnames='plan')
 def backward(
   qkv_NE: Array,
-  turn: tuple[Array, ...],
-  g_NE: Array,
+  seen_ND: Array,
+  log_HN: Array,
+  g_ND: Array,
   plan: Plan,
+  turn: tuple[Array, ...] = (),
   scale_N: Array | None = None,
 ) -> Array:
-  """The gradient of `qkv`, of which the rows times the scale were taken."""
-  tiles, heads = plan.tiles, plan.heads
-  each = max(n for n in range(1, tiles.back_heads + 1) if heads % n == 0)
+  """The gradient of what became `qkv` by being turned, and times the scale."""
   scales = [] if scale_N is None else [scale_N]
-  sizes = _sizes(qkv_NE, turn, plan, scale_N)
   return pl.pallas_call(
-    functools.partial(_backward_kernel, sizes=sizes, each=each),
-    out_shape=jax.ShapeDtypeStruct(qkv_NE.shape, qkv_NE.dtype),
-    grid=(heads // each, plan.batch),
-    compiler_params=plgpu.CompilerParams(
-      num_warps=tiles.back_warps, num_stages=tiles.back_stages
+    functools.partial(
+      _backward_kernel, sizes=_sizes(qkv_NE, plan), turns=bool(turn)
     ),
+    out_shape=jax.ShapeDtypeStruct(qkv_NE.shape, qkv_NE.dtype),
+    grid=(plan.heads, plan.batch),
+    compiler_params=plgpu.CompilerParams(num_warps=plan.tiles.back_warps),
     interpret=plan.interpret,
     name='attention_backward',
-  )(qkv_NE, g_NE, *turn, *scales)
+  )(qkv_NE, seen_ND, log_HN, g_ND, *turn, *scales)

@@ -166,7 +166,7 @@ def _forward_kernel(pair_ref, down_ref, x_ref, y_ref, scale_ref, *, plan):
   products = tiling.dot(x, pair_ref[...])
   gate, values = jax.lax.split(products, (half, half), axis=1)
   pooled, _, _ = _pooled(rows, values, plan.digits)
-  hidden = gate * tiling.sigmoid(gate, tiling.rough(x_ref.dtype)) * pooled
+  hidden = tiling.silu(gate, tiling.rough(x_ref.dtype)) * pooled
   r = tiling.dot(hidden.astype(x_ref.dtype), down_ref[...])
   r += x.astype(jnp.float32)
   scale = jax.lax.rsqrt((r * r).sum(1) / width + EPS)

@@ -245,7 +245,7 @@ def _gated_kernel(gate_ref, up_ref, x_ref, hidden_ref, *, tiles):
 
   zeros = jnp.zeros((tiles.rows, tiles.hidden), jnp.float32)
   gate, up = jax.lax.fori_loop(0, width // tiles.width, body, (zeros, zeros))
-  value = gate * tiling.sigmoid(gate, tiling.rough(x_ref.dtype)) * up
+  value = tiling.silu(gate, tiling.rough(x_ref.dtype)) * up
   tiling.store_rows(hidden_ref, value, first, total, columns)
 
 

@@ -205,7 +205,7 @@ def _forward_kernel(gate_ref, down_ref, x_ref, *refs, plan):
     at = pl.ds(index * size, size)
     gate = tiling.dot(x, gate_ref[:, at])
     value = rows.load(ref, _group(family, rows.cell, plan.box))
-    hidden = gate * tiling.sigmoid(gate, fast) * value.astype(jnp.float32)
+    hidden = tiling.silu(gate, fast) * value.astype(jnp.float32)
     r += tiling.dot(hidden.astype(x.dtype), down_ref[at, :])
   scale = jax.lax.rsqrt((r * r).sum(1) / x_ref.shape[-1] + EPS)
   rows.store(y_ref, r * scale[:, None])

@@ -31,6 +31,7 @@ from recursive_weights.models.kernels import (
   hopper,
   row_norm,
   tiling,
+  turned_product,
 )
 
 # From this width on a product costs more than its result's way through memory
@@ -63,12 +64,19 @@ def settle(x: Array | Deferred, *, interpret: bool = False) -> Array:
   return _settled(*_rows(x), interpret).reshape(x.value.shape)
 
 
-def fits(x: Array | Deferred, inner: int, plan: hopper.Plan) -> bool:
-  """Whether halves with `inner` units are to run so, in whole tiles."""
+def fits(
+  x: Array | Deferred, inner: int, plan: hopper.Plan, head: int = 0
+) -> bool:
+  """Whether halves with `inner` units are to run so, in whole tiles.
+
+  `head`: of attention, its entries.
+  """
   value = value_of(x)
   width = value.shape[-1]
   rows = value.size // width
   defer = width >= WIDE if plan.defer is None else plan.defer
+  if head and not turned_product.fits(plan.turned, head):
+    return False
   return defer and all(
     hopper.whole(tiles, rows, *sizes)
     for tiles, sizes in (
@@ -76,6 +84,7 @@ def fits(x: Array | Deferred, inner: int, plan: hopper.Plan) -> bool:
       (plan.kept, (width, inner)),
       (plan.joined, (inner, width)),
       (plan.spread, (2 * inner, width)),
+      (plan.turned, (width, width)),
     )
   )
 
@@ -176,23 +185,38 @@ class _Settings(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(params, x_ND, scale_N, turn, settings):
-  return _attend_forward(params, x_ND, scale_N, turn, settings)[0]
+  return _seen_by_all(params, x_ND, scale_N, turn, settings, keep=False)[0]
 
 
 def _attend_forward(params, x_ND, scale_N, turn, settings):
+  found, kept = _seen_by_all(params, x_ND, scale_N, turn, settings, keep=True)
+  return found, (params, x_ND, scale_N, turn, *kept)
+
+
+def _seen_by_all(params, x_ND, scale_N, turn, settings, keep):
+  """The half, and what its backward pass reads."""
   qkv_DE, out_DD = _cast(params, x_ND.dtype, 'qkv', 'out')
-  qkv_NE = x_ND @ qkv_DE
-  seen_ND = attention.forward(qkv_NE, turn, settings.attention, scale_N)
+  head = x_ND.shape[1] // settings.attention.heads
+  qkv_NE = turned_product.turned(
+    x_ND, qkv_DE, turn, scale_N, head, settings.products
+  )
+  seen_ND, *log_HN = attention.forward(qkv_NE, settings.attention, keep)
   found = _joined(seen_ND, out_DD, x_ND, scale_N, settings.products)
-  return found, (params, x_ND, scale_N, turn, qkv_NE, seen_ND)
+  return found, (qkv_NE, seen_ND, *log_HN)
 
 
 def _attend_backward(settings, saved, gradients):
-  params, x_ND, scale_N, turn, qkv_NE, seen_ND = saved
+  params, x_ND, scale_N, turn, qkv_NE, seen_ND, log_HN = saved
   d_ND, _ = gradients
   qkv_DE, out_DD = _cast(params, x_ND.dtype, 'qkv', 'out')
   dqkv_NE = attention.backward(
-    qkv_NE, turn, d_ND @ out_DD.T, settings.attention, scale_N
+    qkv_NE,
+    seen_ND,
+    log_HN,
+    d_ND @ out_DD.T,
+    settings.attention,
+    turn,
+    scale_N,
   )
   dparams = {
     'qkv': tiling.over_rows(x_ND, dqkv_NE),

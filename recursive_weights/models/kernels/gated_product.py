@@ -76,7 +76,7 @@ def gated(
           loop.contract(number, issue, 1)
           both = hopper.scaled(acc[...], scale)
           gate, up = both[:, : tiles.columns], both[:, tiles.columns :]
-          value = gate * tiling.sigmoid(gate) * up
+          value = tiling.silu(gate) * up
           places = [(out_gmem, column, value)]
           for gmem in both_gmem:
             places += [(gmem, column, gate), (gmem, column + hidden, up)]

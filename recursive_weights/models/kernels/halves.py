@@ -65,7 +65,7 @@ def make(
   wide = (channel or channel_half.Tiles()).wide
   settle = functools.partial(deferred_norm.settle, interpret=simulated)
 
-  def defers(x, inner):
+  def defers(x, inner, head=0):
     """Whether a half leaves its norm to those who read it."""
     value = deferred_norm.value_of(x)
     if wide is None or value.dtype.itemsize != 2:
@@ -73,7 +73,7 @@ def make(
     on_hopper = not simulated and hopper.available()
     if not (wide.interpret or (on_hopper and use(True, value))):
       return False
-    return deferred_norm.fits(x, inner, wide)
+    return deferred_norm.fits(x, inner, wide, head)
 
   def token_program(params, x_TBD):
     x_TBD = settle(x_TBD)
@@ -97,7 +97,7 @@ def make(
     options = {'heads': heads, 'turn': turn}
     _, tokens, width = deferred_norm.value_of(x_BTD).shape
     fits = attention.fits(tokens, width, heads)
-    if fits and defers(x_BTD, width):
+    if fits and defers(x_BTD, width, width // heads):
       options |= {'tiles': over, 'plan': wide, 'interpret': simulated}
       return deferred_norm.attention_half(params, x_BTD, **options)
     x_BTD = settle(x_BTD)

@@ -38,7 +38,8 @@ class Plan(NamedTuple):
 
   gated: of the gated unit. backward: of its backward pass. kept, joined,
   spread: of `kernels.deferred_norm`, the backward pass of a unit whose products
-  were kept, products with one term and with two. defer: whether those are used;
+  were kept, products with one term and with two. turned: of
+  `kernels.turned_product`. defer: whether those of deferred norms are used;
   None: where that is better. blocks: of a launch; 0 for as many as the device
   has multiprocessors. interpret: for `plgpu.kernel`.
   """
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
   kept: Tiles = Tiles(columns=64, stages=6, ahead=True)
   joined: Tiles = Tiles(stages=5, ahead=True)
   spread: Tiles = Tiles(stages=5, ahead=True, sets=1)
+  turned: Tiles = Tiles(stages=5, ahead=True)
   defer: bool | None = None
   blocks: int = 0
   interpret: Any = False
@@ -244,8 +246,11 @@ def barriers(stages, copies, alone=False):
 
 def scale_of(gmem, first, size, plan):
   """Factors of rows `[size]`, or None."""
-  if gmem is None:
-    return None
+  return None if gmem is None else read(gmem, first, size, plan)
+
+
+def read(gmem, first, size, plan):
+  """Some rows, from device memory as they are needed."""
   at = gmem.at[pl.ds(first, size)]
   # The simulator lacks the load that a GPU needs here.
   if plan.interpret:

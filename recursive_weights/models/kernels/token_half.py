@@ -182,7 +182,7 @@ def _forward_kernel(pairs_ref, down_ref, x_ref, y_ref, scale_ref, *, tiles):
   def body(index, sums):
     pairs = tiling.load(pairs_ref, pl.ds(index * 2 * units, 2 * units), whole)
     u, v = jax.lax.split(_product(turned, pairs), (units, units), axis=1)
-    h = (u * tiling.sigmoid(u, fast) * v).astype(x_ref.dtype)
+    h = (tiling.silu(u, fast) * v).astype(x_ref.dtype)
     downs = tiling.load(down_ref, pl.ds(index * units, units), whole)
     return tuple(
       s + tiling.dot(h, w.T) for s, w in zip(sums, downs, strict=True)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import kernel_laws
@@ -18,7 +19,7 @@ def setup(tokens, batch, width, heads, turns, dtype, each=1):
   g_BTD = jax.random.normal(keys[2], (batch, tokens, width)).astype(dtype)
   turn = trm_block.rotation(tokens, width // heads) if turns else None
   options = {'heads': heads, 'turn': turn}
-  tiles = attention.Tiles(back_heads=each)
+  tiles = attention.Tiles(heads=each)
   fused = functools.partial(
     attention.apply, tiles=tiles, interpret=True, **options
   )
@@ -33,6 +34,24 @@ def setup(tokens, batch, width, heads, turns, dtype, each=1):
 def test_fused_is_plain_in_float32(tokens, batch, turns, each):
   fused, plain, case = setup(tokens, batch, 64, 2, turns, jnp.float32, each)
   kernel_laws.check_is_plain(fused, plain, case)
+
+
+def test_programs_of_some_heads():
+  fused, plain, case = setup(17, 2, 192, 6, True, jnp.float32, each=4)
+  kernel_laws.check_is_plain(fused, plain, case)
+
+
+def test_scores_far_below_zero_have_finite_gradients():
+  fused, plain, (params, x_BTD, g_BTD) = setup(17, 2, 64, 2, False, jnp.float32)
+  q, _, v = jnp.split(params['qkv'], 3, axis=1)
+  params = params | {'qkv': jnp.concatenate([10 * q, -10 * q, v], 1)}
+  x_BTD = jnp.broadcast_to(x_BTD[:, :1], x_BTD.shape) + 0.1 * x_BTD
+  found, expected = (
+    kernel_laws.value_and_gradients(half, params, x_BTD, g_BTD)
+    for half in (fused, plain)
+  )
+  # Such scores round more; infinite or not is what is asked here.
+  chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.long

@@ -33,7 +33,7 @@ def simulated():
   )
   tiles = channel_half.Tiles(wide=plan)
   return halves.make(
-    True, channel=tiles, over=attention.Tiles(back_heads=2), interpret=True
+    True, channel=tiles, over=attention.Tiles(heads=2), interpret=True
   )
 
 
@@ -138,21 +138,27 @@ def test_a_half_of_what_is_deferred_has_the_gradient_through_its_norm(half):
 
 
 @pytest.mark.parametrize('turns', [False, True])
-def test_attention_scales_rows_that_exist(turns):
+@pytest.mark.parametrize('scaled', [False, True])
+def test_gradients_of_attention_are_turned_back_and_scaled(turns, scaled):
   tokens, half, rows = 17, 16, 3 * 17
-  plan = attention.Plan(3, 2, attention.Tiles(back_heads=2), True)
+  plan = attention.Plan(3, 2, attention.Tiles(heads=2), True)
   turn = trm_block.rotation(tokens, 2 * half) if turns else None
   tables = attention.tables(turn, half, jnp.float32)
   qkv_NE = jax.random.normal(jax.random.key(0), (rows, 12 * half))
   g_ND = jax.random.normal(jax.random.key(1), (rows, 4 * half))
-  scale_N = jnp.linspace(0.2, 3, rows)
-  scaled_NE = scale_N[:, None] * qkv_NE
-  near = {'rtol': 1e-5, 'atol': 1e-5}
-  found = attention.forward(qkv_NE, tables, plan, scale_N)
-  assert jnp.allclose(found, attention.forward(scaled_NE, tables, plan), **near)
-  found = attention.backward(qkv_NE, tables, g_ND, plan, scale_N)
-  expected = attention.backward(scaled_NE, tables, g_ND, plan)
-  assert jnp.allclose(found, scale_N[:, None] * expected, **near)
+  scale_N = jnp.linspace(0.2, 3, rows) if scaled else None
+
+  def ready(qkv_NE):
+    if scaled:
+      qkv_NE *= scale_N[:, None]
+    return attention.turned(qkv_NE, tables, plan)
+
+  turned_NE, back = jax.vjp(ready, qkv_NE)
+  seen_ND, log_HN = attention.forward(turned_NE, plan, keep=True)
+  given = turned_NE, seen_ND, log_HN, g_ND, plan
+  found = attention.backward(*given, tables, scale_N)
+  (expected,) = back(attention.backward(*given))
+  assert jnp.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import pytest
 
 from recursive_weights.models.kernels import (
   added_product,
+  attention,
   gated_product,
   hopper,
   tiling,
+  turned_product,
 )
 from recursive_weights.models.layers import trm_block
 
@@ -29,6 +31,7 @@ def plan(**changes):
     kept=small,
     joined=small,
     spread=small,
+    turned=small,
     blocks=2,
     interpret=params.InterpretGPUParams(),
   )._replace(**changes)
@@ -190,6 +193,59 @@ def test_sizes_that_are_not_whole_tiles_are_named():
   assert not hopper.whole(hopper.Tiles(), 0, 64, 128)
 
 
+@pytest.mark.parametrize(
+  'tokens, turns, scaled, columns, ahead',
+  [
+    (17, True, True, 64, True),  # places come again within a tile and later
+    (97, True, False, 128, False),
+    (8, True, True, 128, True),
+    (16, False, True, 64, False),
+    (16, False, False, 64, True),
+  ],
+)
+def test_turned_queries_and_keys(tokens, turns, scaled, columns, ahead):
+  rows, head = 384, 32
+  keys = jax.random.split(jax.random.key(0), 2)
+  x_ND = jax.random.normal(keys[0], (rows, WIDTH)).astype(jnp.bfloat16)
+  qkv_DE = jax.random.normal(keys[1], (WIDTH, 3 * WIDTH)).astype(jnp.bfloat16)
+  scale_N = jnp.linspace(0.2, 3, rows) if scaled else None
+  turn = trm_block.rotation(tokens, head) if turns else None
+  tables = attention.tables(turn, head // 2, jnp.bfloat16)
+  tiles = hopper.Tiles(columns=columns, stages=2, ahead=ahead)
+  found = turned_product.turned(
+    x_ND, qkv_DE, tables, scale_N, head, plan(turned=tiles)
+  )
+  # Whole examples, since the reference counts places from the first row.
+  examples = -(-rows // tokens)
+  exact = x_ND.astype(jnp.float32) @ qkv_DE.astype(jnp.float32)
+  exact *= jnp.ones((rows, 1)) if scale_N is None else scale_N[:, None]
+  padded = jnp.pad(exact, ((0, examples * tokens - rows), (0, 0)))
+  heads = attention.Plan(examples, WIDTH // head, attention.Tiles(), True)
+  expected = attention.turned(padded, tables, heads)[:rows]
+  for a, b in zip(
+    jnp.split(found, 3, 1), jnp.split(expected, 3, 1), strict=True
+  ):
+    assert distance(a, b) < 3e-3
+
+
+def test_tiles_hold_whole_heads():
+  x_ND = jnp.zeros((128, 192), jnp.bfloat16)
+  qkv_DE = jnp.zeros((192, 576), jnp.bfloat16)
+  with pytest.raises(ValueError, match='do not hold whole heads of 96'):
+    turned_product.turned(x_ND, qkv_DE, (), None, 96, plan())
+  # Of 96 columns one would have keys and values.
+  tiles = hopper.Tiles(columns=96, stages=2)
+  with pytest.raises(ValueError, match='are not whole'):
+    turned_product.turned(
+      x_ND[:, :128],
+      qkv_DE[:128, :384],
+      (),
+      None,
+      32,
+      plan(turned=tiles),
+    )
+
+
 def test_all_products_lower_for_a_gpu():
   rows, width, hidden = 97 * 768, 512, 1536
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -215,7 +271,15 @@ def test_all_products_lower_for_a_gpu():
   def kept(down, both, x, s):
     return added_product.kept_backward(down, both, x, default, s)
 
+  def turned(head):
+    def program(x, w, t, s):
+      return turned_product.turned(x, w, (t, t), s, head, default)
+
+    angles = jax.ShapeDtypeStruct((97, head // 2), jnp.float16)
+    return program, (x, shape((width, 3 * width)), angles, s)
+
   for program, args in (
+    *map(turned, (32, 64, 128)),
     (joined, (shape((rows, hidden)), down, x, s)),
     (spread, (both, shape((2 * hidden, width)), x, s)),
     (gated, (up, up, x, s)),

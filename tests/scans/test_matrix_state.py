@@ -1,4 +1,7 @@
-"""The scans as GPU kernels: the values and gradients of the recurrence."""
+"""The scans as GPU kernels: where they compile, are chosen and refuse.
+
+Their values and gradients: `test_recurrences`.
+"""
 
 import functools
 import re
@@ -26,7 +29,6 @@ RULES = {
 }
 COVER = ('rwkv6', 'kimi_delta')  # between them every part of the kernels
 GATES = {
-  'open': lambda key, shape: jnp.zeros(shape),
   'tame': lambda key, shape: -0.05 * jax.random.exponential(key, shape),
   'violent': lambda key, shape: -80 * jax.random.exponential(key, shape),
   'shut': lambda key, shape: jnp.where(
@@ -105,35 +107,6 @@ def distances(found, expected):
   return jax.tree.map(one, found, expected)
 
 
-@pytest.mark.parametrize('rule', RULES)
-@pytest.mark.parametrize('gates', GATES)
-def test_fused_is_recurrent(rule, gates):
-  given, flags = inputs_of(rule, gates), flags_of()
-  (_, outputs), gradients = program(rule, 'fused')(given, flags)
-  (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
-  assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
-  assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
-  at_resets = np.asarray(gradients['g'])[np.asarray(flags['resets'])]
-  assert not at_resets.any()
-
-
-@pytest.mark.parametrize(
-  'rule',
-  [
-    pytest.param(rule, marks=[] if rule in COVER else [pytest.mark.long])
-    for rule in RULES
-  ],
-)
-@pytest.mark.parametrize('gates', ['tame', 'shut'])
-def test_fused_with_a_fresh_state_is_recurrent(rule, gates):
-  given, flags = inputs_of(rule, gates, fresh=True), flags_of()
-  (_, outputs), gradients = program(rule, 'fused')(given, flags)
-  (_, right), right_gradients = program(rule, 'recurrent')(given, flags)
-  assert max(jax.tree.leaves(distances(outputs, right))) < 1e-5
-  assert max(jax.tree.leaves(distances(gradients, right_gradients))) < 1e-5
-  assert np.asarray(gradients['fresh']).any()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize('rule', COVER)
 @pytest.mark.parametrize('gates', ['tame', 'violent', 'shut'])
@@ -172,17 +145,6 @@ def test_kernels_lower_for_a_gpu(rule, monkeypatch):
   names = ('scan_inside', 'scan_along', 'scan_back', 'scan_inside_back')
   for text in texts:
     assert all(re.search(rf'\b{name}\b', text) for name in names)
-
-
-@pytest.mark.parametrize('rule', ['rwkv6', 'gated_delta'])
-@pytest.mark.parametrize('gates', GATES)
-def test_a_fused_prefill_commits_any_length(rule, gates):
-  given, flags = inputs_of(rule, gates, fresh=True), flags_of()
-  lengths = (0, 1), (5, 6), (17, 30), (T, T - 1)
-  fused, chunked = (
-    program(rule, name, lengths)(given, flags) for name in ('fused', 'chunked')
-  )
-  assert max(jax.tree.leaves(distances(fused, chunked))) < 1e-5
 
 
 @pytest.mark.parametrize('rule', ['rwkv6', 'gated_delta'])

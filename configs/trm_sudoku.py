@@ -203,8 +203,8 @@ More of the same has not brought it over .84. From its weights (`anneal` with
 --config.optimizer.schedule.warmup_steps=200) have .829 of the test in 16 steps
 and .952 in 64, .754 of validation: no more, and less by about what chance makes
 (.005 for so many puzzles). A second fall, 13,125 steps from 1e-4, by which all
-are the paper's 78,125 (--config.training.steps=13125), has .770 of validation in
-the end (run 2: .760); its test WAS NOT MEASURED. By thousands of steps:
+are the paper's 78,125 (--config.training.steps=13125), ends with .770 of
+validation (run 2: .760); its test WAS NOT MEASURED. By thousands of steps:
   validation      2.5 .654   5 .715   7.5 .709   10 .738   12.5 .756   13.1 .770
   training rows       .753     .721       .773      .829        .887        .885
 

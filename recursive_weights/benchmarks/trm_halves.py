@@ -67,8 +67,8 @@ SETTINGS: dict[str, list[dict]] = {
     {**MADE_AGAIN, 'down': True, 'down_width': 32, 'down_stages': 4},
   ],
   'attention': [
-    {'back_heads': 1},
-    {'back_heads': 4},
+    {'heads': 1},
+    {'heads': 4},
     {'warps': 16, 'back_warps': 4},
     {'warps': 4, 'back_warps': 16},
   ],

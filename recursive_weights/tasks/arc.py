@@ -107,8 +107,10 @@ def make(
   if train_path and also_other:
     raise UserError('also_other must be false with files, got true')
 
+  # A file that changed is read again.
+  files = [(x, _puzzle_files.sha256(x)) for x in (train_path, eval_path) if x]
   names, number_training, data = _load(
-    version, also_other, tuple(tasks), train_path, eval_path, canvas
+    version, also_other, tuple(tasks), tuple(files), canvas
   )
   ways_PK, colours_PKV = _arc.variants(
     _splits.generator(0),
@@ -255,13 +257,11 @@ def _translate(key, canvases_BX, side):
 
 
 @functools.lru_cache(maxsize=4)
-def _load(version, also_other, chosen, train_path, eval_path, canvas):
+def _load(version, also_other, chosen, files, canvas):
   """Names of tasks, how many are for training, and all their pairs."""
-  if train_path:
-    sets = {
-      'training': _arc.from_file(train_path),
-      'evaluation': _arc.from_file(eval_path),
-    }
+  if files:
+    found = (_arc.from_file(path) for path, _ in files)
+    sets = dict(zip(('training', 'evaluation'), found, strict=True))
   else:
     sets = _arc.package(version)
   training, evaluation = dict(sets['training']), sets['evaluation']

@@ -351,6 +351,15 @@ def test_errors_name_the_value(files, wrong, message):
     make(files, **wrong)
 
 
+def test_files_that_changed_are_read_again(sets, tmp_path):
+  before = make(write(tmp_path, *sets))
+  training, evaluation = sets
+  first, *others = training
+  changed = training | {first: training[others[0]]}
+  after = make(write(tmp_path, changed, evaluation))
+  assert before.data_hash['train'] != after.data_hash['train']
+
+
 def test_chosen_tasks_only(files):
   task = make(files, tasks=('00000001', 'e0000001'), voters=1)
   assert task.spec.puzzles == 12

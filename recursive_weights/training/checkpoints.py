@@ -348,7 +348,8 @@ def _restore(
       items[name] = tree
       continue
     if name == 'carry' and about.get('emptied'):
-      items[name] = _full(tree, 0)
+      # As `recursion.slots` begins: all is zero, and every slot takes a row.
+      items[name] = _full(tree, 0) | {'halted': _full(tree['halted'], 1)}
       continue
     if name == 'rate' and name not in about['items']:
       items[name] = _full(tree, 1)  # the run had no rules until now

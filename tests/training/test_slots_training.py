@@ -116,6 +116,18 @@ def test_emptied_slots_are_not_stored(tmp_path):
     loop.run(experiment(), tmp_path / 'parts')
 
 
+def test_what_goes_on_from_emptied_slots_fills_them_at_once(tmp_path):
+  slots = {'steps': 4, 'explore': 0.3, 'empty_every': 6}
+  run = experiment(training__slots=slots)
+  loop.run(stop_after(run, 6), tmp_path / 'first')
+  # Its seventh step is not one that empties slots.
+  run = experiment(
+    resume_from=str(tmp_path / 'first'), training__report_every=1
+  )
+  loop.run(stop_after(run, 8), tmp_path / 'second')
+  assert lines(tmp_path / 'second')[0]['train/loss'] > 0
+
+
 def test_leaving_for_want_of_time_waits_for_empty_slots(tmp_path):
   run = experiment(
     max_minutes=1e-6,
